@@ -1,0 +1,41 @@
+"""The state of a supervised stage: everything that decides its next step."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Int
+
+from rlhf_jax.types import pytree_dataclass
+
+
+@pytree_dataclass
+class TrainState:
+  """What one checkpoint holds.
+
+  step: optimizer steps taken or skipped, so also how far the data has moved.
+  skipped_steps: steps in a row that were not applied because a loss or a
+    gradient was not finite.
+  rng: the stage's base key; step k uses `fold_in(rng, k)`, so nothing else
+    about randomness needs saving.
+  """
+
+  step: Int[Array, ""]
+  skipped_steps: Int[Array, ""]
+  params: Any
+  opt_state: optax.OptState
+  rng: jax.Array
+
+
+def create_train_state(
+    params: Any, tx: optax.GradientTransformation, rng: jax.Array
+) -> TrainState:
+  """A state at step 0 for `params` as they are (no copy is made)."""
+  return TrainState(
+      step=jnp.zeros((), jnp.int32),
+      skipped_steps=jnp.zeros((), jnp.int32),
+      params=params,
+      opt_state=tx.init(params),
+      rng=rng,
+  )

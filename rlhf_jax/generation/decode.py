@@ -1,0 +1,196 @@
+"""Prompts to completions: one prefill, then a loop that ends early.
+
+1. The left-padded prompts run once and fill the cache.
+2. Each step draws one token a row. A row ends at `eos_id`, or at a stop id from
+   completion token `stop_after` on; the token that ended it belongs to the
+   completion. Ended rows hold `pad_id` and mask 0 from there on.
+3. The loop ends when every row has ended, at the latest after max_new_tokens.
+
+Randomness: row r draws token t with fold_in(fold_in(rng, rows[r]), t). What a
+row becomes depends on its own prompt and row number alone: not on the rows
+beside it, on its place in the batch, on the batch's size or on sharding.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt32
+
+from rlhf_jax.generation import sampling
+from rlhf_jax.losses import language_modeling
+from rlhf_jax.models.heads import LanguageModel
+from rlhf_jax.models.transformer import Cache, init_cache
+from rlhf_jax.types import Rollout, pytree_dataclass, static
+
+
+@pytree_dataclass
+class SamplingConfig:
+  """How completions are drawn. Temperature and top_p are data, the rest static.
+
+  temperature: of the sampling distribution and of the reported logprobs.
+  top_k: 0 is off. top_p counts only with use_top_p (it costs a sort a step).
+    Both bound what is drawn; the logprobs stay those of the full distribution.
+  greedy: argmax instead of a draw.
+  eos_id: ends a completion anywhere; -1 if nothing does.
+  stop_ids: end it from completion token `stop_after` (counted from 0) on, e.g.
+    the id of "." with stop_after=16 (Ziegler et al., arXiv 1909.08593).
+  pad_id: stands after the end; it may equal any other id, as masks are arrays.
+  """
+
+  temperature: Float[Array, ""] | float = 1.0
+  top_p: Float[Array, ""] | float = 1.0
+  max_new_tokens: int = static()
+  eos_id: int = static()
+  top_k: int = static(0)
+  use_top_p: bool = static(False)
+  greedy: bool = static(False)
+  stop_ids: tuple[int, ...] = static(())
+  stop_after: int = static(0)
+  pad_id: int = static(0)
+
+  def __post_init__(self):
+    # Leaves may be tracers (or placeholders of tree_map): only numbers count.
+    if self.max_new_tokens < 1:
+      raise ValueError(f"max_new_tokens must be >= 1: {self.max_new_tokens}")
+    for name in ("top_k", "stop_after"):
+      if getattr(self, name) < 0:
+        raise ValueError(f"{name} must be >= 0: {getattr(self, name)}")
+    if isinstance(self.temperature, (int, float)) and not self.temperature > 0:
+      raise ValueError(
+          f"temperature must be > 0: {self.temperature}; use greedy=True for "
+          "the likeliest token"
+      )
+    if isinstance(self.top_p, (int, float)) and not 0 < self.top_p <= 1:
+      raise ValueError(f"top_p must be in (0, 1]: {self.top_p}")
+
+
+class _State(NamedTuple):
+  step: Int[Array, ""]
+  token: Int[Array, "B"]
+  done: Bool[Array, "B"]
+  cache: Cache
+  completions: Int[Array, "B C"]
+  mask: Int[Array, "B C"]
+  logprobs: Float[Array, "B C"]
+
+
+def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
+  """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
+
+  The returned function is pure; jit it. Its arguments:
+    params: of the LanguageModel.
+    prompts, prompt_mask: [B, P], left-padded.
+    rng: one key.
+    cfg: SamplingConfig; its static fields fix the program.
+    rows: [B] row numbers for the random streams, 0..B-1 if None. Give a
+      prompt's number in the whole set when the set is sampled in parts.
+  """
+
+  def generate(
+      params,
+      prompts: Int[Array, "B P"],
+      prompt_mask: Int[Array, "B P"],
+      rng: Key[Array, ""] | UInt32[Array, "2"],
+      cfg: SamplingConfig,
+      rows: Int[Array, "B"] | None = None,
+  ) -> Rollout:
+    b, p = prompts.shape
+    if rows is None:
+      rows = jnp.arange(b, dtype=jnp.int32)
+    row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+    # The last token drawn is never fed back, so it needs no slot.
+    length = p + max(cfg.max_new_tokens - 1, 1)
+    cache = init_cache(model.config, b, length)
+    variables = {"params": params}
+    logits, cache = model.apply(
+        variables, prompts, prompt_mask, cache, last=1
+    )
+    state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
+
+    def unfinished(state: _State):
+      return (state.step < cfg.max_new_tokens) & ~jnp.all(state.done)
+
+    def advance(state: _State) -> _State:
+      real = (~state.done).astype(jnp.int32)[:, None]
+      logits, cache = model.apply(
+          variables, state.token[:, None], real, state.cache
+      )
+      state = state._replace(cache=cache)
+      return _record(state, logits[:, 0], row_rngs, cfg)
+
+    state = jax.lax.while_loop(unfinished, advance, state)
+    return Rollout(
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        completions=state.completions,
+        completion_mask=state.mask,
+        logprobs=state.logprobs,
+        ended=state.done,
+    )
+
+  return generate
+
+
+def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:
+  shape = (batch_size, cfg.max_new_tokens)
+  return _State(
+      step=jnp.zeros((), jnp.int32),
+      token=jnp.zeros((batch_size,), jnp.int32),
+      done=jnp.zeros((batch_size,), jnp.bool_),
+      cache=cache,
+      completions=jnp.full(shape, cfg.pad_id, jnp.int32),
+      mask=jnp.zeros(shape, jnp.int32),
+      logprobs=jnp.zeros(shape, jnp.float32),
+  )
+
+
+def _record(
+    state: _State,
+    logits: Float[Array, "B V"],
+    row_rngs: Key[Array, "B"] | UInt32[Array, "B 2"],
+    cfg: SamplingConfig,
+) -> _State:
+  """Draws token number state.step of every row and writes it down."""
+  drawn = _choose(logits, row_rngs, state.step, cfg)
+  logprobs = language_modeling.selected_logprobs(
+      logits, drawn, temperature=cfg.temperature
+  )
+  real = ~state.done
+  token = jnp.where(real, drawn, cfg.pad_id)
+
+  def put(buffer, column):
+    column = column.astype(buffer.dtype)[:, None]
+    return jax.lax.dynamic_update_slice_in_dim(
+        buffer, column, state.step, axis=1
+    )
+
+  return state._replace(
+      step=state.step + 1,
+      token=token,
+      done=state.done | _ends(drawn, state.step, cfg),
+      completions=put(state.completions, token),
+      mask=put(state.mask, real),
+      logprobs=put(state.logprobs, jnp.where(real, logprobs, 0.0)),
+  )
+
+
+def _choose(logits, row_rngs, step, cfg: SamplingConfig) -> Int[Array, "B"]:
+  if cfg.greedy:
+    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
+  logits = sampling.apply_temperature(logits, cfg.temperature)
+  logits = sampling.apply_top_k(logits, cfg.top_k)
+  if cfg.use_top_p:
+    logits = sampling.apply_top_p(logits, cfg.top_p)
+  rngs = jax.vmap(jax.random.fold_in, (0, None))(row_rngs, step)
+  return jax.vmap(sampling.sample)(rngs, logits)
+
+
+def _ends(drawn, step, cfg: SamplingConfig) -> Bool[Array, "B"]:
+  ends = drawn == cfg.eos_id
+  if cfg.stop_ids:
+    stop_ids = jnp.asarray(cfg.stop_ids, jnp.int32)
+    stops = jnp.any(drawn[:, None] == stop_ids[None], axis=-1)
+    ends = ends | (stops & (step >= cfg.stop_after))
+  return ends

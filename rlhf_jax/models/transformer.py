@@ -1,0 +1,392 @@
+"""One decoder whose features a frozen config chooses: GPT-2 and Llama shapes.
+
+    tokens -> embedding (+ learned positions) -> L x block -> final norm
+    block:  x + attention(norm(x));  x + feed_forward(norm(x))
+
+Parameters (each under `layers` has a leading axis L, because the layers are
+one scan):
+
+    token_embedding [V, D]                 position_embedding [max_length, D]
+    layers/attention_norm/scale            layers/feed_forward_norm/scale
+    layers/attention/{query,key,value}/kernel [D, heads, K]   out [H, K, D]
+    layers/feed_forward/{gate,up}/kernel [D, F]               down [F, D]
+    final_norm/scale
+
+Norms and softmax run in float32 whatever the compute dtype. There is no
+dropout: a policy's log-probabilities must be a function of its parameters.
+"""
+
+import dataclasses
+import functools
+from typing import Literal
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from rlhf_jax.models import attention
+from rlhf_jax.types import pytree_dataclass
+
+segment_positions = attention.segment_positions
+
+INIT_STDDEV = 0.02
+_CHOICES = {
+    "position": ("rotary", "learned"),
+    "norm": ("rmsnorm", "layernorm"),
+    "activation": ("swiglu", "gelu"),
+    "dtype": ("float32", "bfloat16", "float16"),
+    "param_dtype": ("float32", "bfloat16", "float16"),
+}
+_POSITIVE = (
+    "vocab_size num_layers width num_heads num_kv_heads head_dim ff_dim "
+    "max_length scan_unroll norm_epsilon rope_theta"
+).split()
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+  """The shape of a decoder; hashable, so that it can be static under jit.
+
+  num_kv_heads: fewer than num_heads is grouped-query attention.
+  head_dim: need not be width / num_heads.
+  max_length: longest row, and the rows of the learned position table.
+  activation: 'gelu' is the tanh approximation, as in GPT-2.
+  use_bias: biases in projections and in layernorm, as in GPT-2.
+  dtype: of activations and matmuls; param_dtype: of the stored parameters.
+  remat: recompute each layer in the backward pass instead of storing it.
+  scan_unroll: layers a scan iteration; more is faster to run on CPU and slower
+    to compile. It and remat never change a result.
+  """
+
+  vocab_size: int
+  num_layers: int
+  width: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  ff_dim: int
+  max_length: int
+  position: Literal["rotary", "learned"] = "rotary"
+  norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+  activation: Literal["swiglu", "gelu"] = "swiglu"
+  use_bias: bool = False
+  tie_head: bool = True
+  norm_epsilon: float = 1e-5
+  rope_theta: float = 10000.0
+  dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+  param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+  remat: bool = False
+  scan_unroll: int = 1
+
+  def __post_init__(self):
+    for name in _POSITIVE:
+      if not getattr(self, name) > 0:
+        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
+    for name, choices in _CHOICES.items():
+      if getattr(self, name) not in choices:
+        raise ValueError(
+            f"{name} must be one of {', '.join(choices)}, got "
+            f"{getattr(self, name)!r}"
+        )
+    if self.num_heads % self.num_kv_heads:
+      raise ValueError(
+          f"num_heads={self.num_heads} must be a multiple of "
+          f"num_kv_heads={self.num_kv_heads}"
+      )
+    if self.position == "rotary" and self.head_dim % 2:
+      raise ValueError(
+          f"head_dim={self.head_dim} must be even with position='rotary'"
+      )
+    if self.num_layers % self.scan_unroll:
+      raise ValueError(
+          f"scan_unroll={self.scan_unroll} must divide "
+          f"num_layers={self.num_layers}"
+      )
+
+
+@pytree_dataclass
+class Cache:
+  """Keys and values of the tokens seen so far; J key-value heads.
+
+  mask: True on slots that hold a real token.
+  index: the first free slot, one for all rows. A write past S is not checked
+    (the index is traced); whoever makes the cache makes it long enough.
+  """
+
+  k: Float[Array, "L B J S K"]
+  v: Float[Array, "L B J S K"]
+  mask: Bool[Array, "B S"]
+  index: Int[Array, ""]
+
+
+def init_cache(
+    config: TransformerConfig, batch_size: int, length: int
+) -> Cache:
+  """An empty cache for `length` tokens a row, padding included."""
+  if not 0 < length <= config.max_length:
+    raise ValueError(
+        f"cache length {length} is not in 1..max_length={config.max_length}"
+    )
+  shape = (
+      config.num_layers,
+      batch_size,
+      config.num_kv_heads,
+      length,
+      config.head_dim,
+  )
+  return Cache(
+      k=jnp.zeros(shape, config.dtype),
+      v=jnp.zeros(shape, config.dtype),
+      mask=jnp.zeros((batch_size, length), jnp.bool_),
+      index=jnp.zeros((), jnp.int32),
+  )
+
+
+class Norm(nn.Module):
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    cfg = self.config
+    x = x.astype(jnp.float32)
+    if cfg.norm == "layernorm":
+      x = x - jnp.mean(x, axis=-1, keepdims=True)
+    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
+    x = x * jax.lax.rsqrt(mean_square + cfg.norm_epsilon)
+    width = (cfg.width,)
+    scale = self.param("scale", nn.initializers.ones, width, cfg.param_dtype)
+    x = x * scale.astype(jnp.float32)[None, None]
+    if cfg.norm == "layernorm" and cfg.use_bias:
+      bias = self.param("bias", nn.initializers.zeros, width, cfg.param_dtype)
+      x = x + bias.astype(jnp.float32)[None, None]
+    return x.astype(cfg.dtype)
+
+
+class Projection(nn.Module):
+  """x times a kernel of any rank; `num_in` leading kernel axes contract."""
+
+  config: TransformerConfig
+  equation: str
+  shape: tuple[int, ...]
+  num_in: int = 1
+  stddev: float = INIT_STDDEV
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
+    cfg = self.config
+    kernel = self.param(
+        "kernel",
+        nn.initializers.normal(self.stddev),
+        self.shape,
+        cfg.param_dtype,
+    )
+    out = jnp.einsum(self.equation, x, kernel.astype(cfg.dtype))
+    if not cfg.use_bias:
+      return out
+    bias = self.param(
+        "bias", nn.initializers.zeros, self.shape[self.num_in :], cfg.param_dtype
+    )
+    return out + bias.astype(cfg.dtype)[None, None]
+
+
+class Attention(nn.Module):
+  config: TransformerConfig
+  residual_stddev: float
+
+  @nn.compact
+  def __call__(self, x, shared, past):
+    """Returns (output, this call's keys and values [B, J, N, K])."""
+    cfg = self.config
+    heads = functools.partial(Projection, cfg, "bnd,dhk->bnhk")
+    kv_shape = (cfg.width, cfg.num_kv_heads, cfg.head_dim)
+    query = heads((cfg.width, cfg.num_heads, cfg.head_dim), name="query")(x)
+    key = heads(kv_shape, name="key")(x)
+    value = heads(kv_shape, name="value")(x)
+    if cfg.position == "rotary":
+      query = attention.apply_rotary(query, *shared["rotary"])
+      key = attention.apply_rotary(key, *shared["rotary"])
+    query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
+    keys, values, masks = [key], [value], [shared["mask"]]
+    if past is not None:
+      keys.append(past[0])
+      values.append(past[1])
+      masks.append(shared["past_mask"])
+    out = attention.attend(query, keys, values, masks)
+    out = Projection(
+        cfg,
+        "bhnk,hkd->bnd",
+        (cfg.num_heads, cfg.head_dim, cfg.width),
+        num_in=2,
+        stddev=self.residual_stddev,
+        name="out",
+    )(out)
+    return out, (key, value)
+
+
+class FeedForward(nn.Module):
+  config: TransformerConfig
+  residual_stddev: float
+
+  @nn.compact
+  def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+    cfg = self.config
+    wide = functools.partial(
+        Projection, cfg, "bnd,df->bnf", (cfg.width, cfg.ff_dim)
+    )
+    up = wide(name="up")(x)
+    if cfg.activation == "swiglu":
+      up = jax.nn.silu(wide(name="gate")(x)) * up
+    else:
+      up = jax.nn.gelu(up, approximate=True)
+    return Projection(
+        cfg,
+        "bnf,fd->bnd",
+        (cfg.ff_dim, cfg.width),
+        stddev=self.residual_stddev,
+        name="down",
+    )(up)
+
+
+class Block(nn.Module):
+  """One layer, in the (carry, broadcast, scanned) form that nn.scan takes."""
+
+  config: TransformerConfig
+
+  @nn.compact
+  def __call__(self, x, shared, past):
+    cfg = self.config
+    # GPT-2's rule: 2L residual additions keep the stream's variance.
+    stddev = INIT_STDDEV / (2 * cfg.num_layers) ** 0.5
+    out, new = Attention(cfg, stddev, name="attention")(
+        Norm(cfg, name="attention_norm")(x), shared, past
+    )
+    x = x + out
+    x = x + FeedForward(cfg, stddev, name="feed_forward")(
+        Norm(cfg, name="feed_forward_norm")(x)
+    )
+    return x, (None if past is None else new)
+
+
+class Transformer(nn.Module):
+  """The trunk: tokens to hidden states after the final norm."""
+
+  config: TransformerConfig
+
+  def setup(self):
+    cfg = self.config
+    init = nn.initializers.normal(INIT_STDDEV)
+    self.token_embedding = self.param(
+        "token_embedding", init, (cfg.vocab_size, cfg.width), cfg.param_dtype
+    )
+    if cfg.position == "learned":
+      self.position_embedding = self.param(
+          "position_embedding", init, (cfg.max_length, cfg.width), cfg.param_dtype
+      )
+    # prevent_cse is for remat outside of a loop; within a scan it only costs.
+    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    self.layers = nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=(nn.broadcast, 0),
+        out_axes=0,
+        length=cfg.num_layers,
+        unroll=cfg.scan_unroll,
+    )(cfg)
+    self.final_norm = Norm(cfg)
+
+  def __call__(
+      self,
+      tokens: Int[Array, "B N"],
+      segment_ids: Int[Array, "B N"],
+      cache: Cache | None = None,
+  ) -> tuple[Float[Array, "B N D"], Cache | None]:
+    """Hidden states, and the cache with these tokens added if one was given.
+
+    Args:
+      tokens: anything may stand where segment_ids is 0; it is not read. A real
+        token outside of the vocabulary gives NaN.
+      segment_ids: 0 is padding. Without a cache, tokens see what is before
+        them in their own segment, and a segment is one run of equal ids. With
+        a cache, 1 on real tokens: all of a row is one segment.
+      cache: tokens are written from slot cache.index on; a token's position is
+        the number of real tokens before it.
+    """
+    if tokens.shape[1] > self.config.max_length:
+      raise ValueError(
+          f"tokens have length {tokens.shape[1]}, more than "
+          f"max_length={self.config.max_length}"
+      )
+    if cache is not None:
+      segment_ids = (segment_ids > 0).astype(jnp.int32)
+    positions = _positions(segment_ids, cache)
+    shared = {"mask": attention.causal_mask(segment_ids)}
+    if self.config.position == "rotary":
+      shared["rotary"] = attention.rotary_tables(
+          positions, self.config.head_dim, self.config.rope_theta
+      )
+    x = self.embed(tokens, segment_ids, positions)
+    if cache is None:
+      x, _ = self.layers(x, shared, None)
+      return self.final_norm(x), None
+    shared["past_mask"] = cache.mask[:, None]
+    x, new = self.layers(x, shared, (cache.k, cache.v))
+    return self.final_norm(x), _write(cache, new, segment_ids)
+
+  def embed(
+      self,
+      tokens: Int[Array, "B N"],
+      segment_ids: Int[Array, "B N"],
+      positions: Int[Array, "B N"],
+  ) -> Float[Array, "B N D"]:
+    dtype = self.config.dtype
+    ids = jnp.where(segment_ids > 0, tokens, 0)
+    x = _rows(self.token_embedding, ids).astype(dtype)
+    if self.config.position == "learned":
+      x = x + _rows(self.position_embedding, positions).astype(dtype)
+    return x
+
+  def tied_logits(self, hidden: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+    """Logits in float32 with the token embedding as the head."""
+    return jnp.einsum(
+        "bnd,vd->bnv",
+        hidden,
+        self.token_embedding.astype(self.config.dtype),
+        preferred_element_type=jnp.float32,
+    )
+
+
+def _rows(table: Float[Array, "V D"], ids: Int[Array, "B N"]):
+  # NaN for an id outside of the table: loud, where clipping would be silent.
+  return table.at[ids].get(
+      mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
+  )
+
+
+def _positions(
+    segment_ids: Int[Array, "B N"], cache: Cache | None
+) -> Int[Array, "B N"]:
+  if cache is None:
+    return segment_positions(segment_ids)
+  before = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)
+  seen = before[:, None] + jnp.cumsum(segment_ids, axis=1, dtype=jnp.int32)
+  return jnp.maximum(seen - 1, 0)
+
+
+def _write(
+    cache: Cache,
+    new: tuple[Float[Array, "L B J N K"], Float[Array, "L B J N K"]],
+    real: Int[Array, "B N"],
+) -> Cache:
+  n, size = real.shape[1], cache.mask.shape[1]
+  if n > size:
+    raise ValueError(f"{n} tokens do not fit into a cache of length {size}")
+  k, v = (
+      jax.lax.dynamic_update_slice_in_dim(old, x, cache.index, axis=3)
+      for old, x in zip((cache.k, cache.v), new, strict=True)
+  )
+  mask = jax.lax.dynamic_update_slice_in_dim(
+      cache.mask, real > 0, cache.index, axis=1
+  )
+  return Cache(k=k, v=v, mask=mask, index=cache.index + n)

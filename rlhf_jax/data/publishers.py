@@ -1,0 +1,120 @@
+"""Reads public data sets from the files that their publishers ship."""
+
+import hashlib
+import os
+import pathlib
+import random
+import zipfile
+
+from rlhf_jax.data import readers, records
+from rlhf_jax.data.records import Comparison, Demonstration, RecordError
+
+
+def read_hh(
+    path: str | os.PathLike, skipped_path: str | os.PathLike
+) -> list[Comparison]:
+  """Anthropic's HH: lines of {chosen, rejected}, whole transcripts.
+
+  The prompt ends with "\\n\\nAssistant:" and the completions start with the
+  space after it. Pairs that cannot be used go to `skipped_path`.
+  """
+  return readers.read_records(
+      path, "comparison", on_error="skip", skipped_path=skipped_path
+  )
+
+
+def read_gsm8k(path: str | os.PathLike) -> list[Demonstration]:
+  """GSM8K: lines of {question, answer}.
+
+  The prompt is "Question: ...\\nAnswer:", the completion a space and the worked
+  answer as published, with its <<48/2=24>> notes and "#### 72" at the end.
+
+  Raises:
+    ReadError: with file, line and field.
+  """
+  found = []
+  for file in readers.resolve_files(os.fspath(path)):
+    for number, line in readers.read_lines(file):
+      try:
+        found.append(_gsm8k_record(readers.parse_line(line)))
+      except RecordError as error:
+        raise readers.ReadError(f"{file}:{number}: {error}") from error
+  if not found:
+    raise readers.ReadError(f"{path}: holds no records.")
+  return found
+
+
+def _gsm8k_record(obj) -> Demonstration:
+  if not isinstance(obj, dict):
+    raise RecordError("", "is not a JSON object")
+  for field in ("question", "answer"):
+    if field not in obj or not isinstance(obj[field], str):
+      raise RecordError(field, "missing or not a string")
+  if "\n#### " not in obj["answer"]:
+    raise RecordError("answer", "does not end with '#### ' and a number")
+  return records.validate_record("demonstration", {
+      "prompt": f"Question: {obj['question']}\nAnswer:",
+      "completion": f" {obj['answer']}",
+  })
+
+
+def read_sentence_polarity(
+    zip_path: str | os.PathLike, *, half: int, seed: int
+) -> dict[str, list[Comparison]]:
+  """Film sentences (rt-polarity.pos, .neg) as comparisons without a prompt.
+
+  Each positive sentence is chosen over a negative one. Which half a sentence is
+  in, and whether it is held out, follows from a hash of the sentence: halves and
+  splits are disjoint for all seeds, so a judge that learned from one half has
+  seen nothing that a reward model learned from the other. A sentence that
+  occurs twice counts once; one that is both positive and negative is left out.
+
+  Args:
+    zip_path: the zip as published, with one .pos and one .neg file inside.
+    half: 0 or 1.
+    seed: decides the pairing and the order.
+
+  Returns:
+    {"train": ..., "heldout": ...}; a tenth is held out.
+  """
+  if half not in (0, 1):
+    raise ValueError(f"half={half} is neither 0 nor 1.")
+  positive, negative = (_sentences(zip_path, end) for end in (".pos", ".neg"))
+  both = positive & negative
+  rng = random.Random(seed)
+  pairs = {}
+  for split in ("train", "heldout"):
+    sides = []
+    for sentences in (positive - both, negative - both):
+      mine = sorted(s for s in sentences if _place(s) == (half, split))
+      rng.shuffle(mine)
+      sides.append(mine)
+    pairs[split] = [
+        records.validate_record(
+            "comparison", {"prompt": "", "chosen": good, "rejected": bad}
+        )
+        for good, bad in zip(*sides)
+    ]
+  return pairs
+
+
+def _place(sentence: str) -> tuple[int, str]:
+  digest = hashlib.sha256(sentence.encode()).digest()
+  return digest[0] % 2, "heldout" if digest[1] % 10 == 0 else "train"
+
+
+def _sentences(zip_path: str | os.PathLike, suffix: str) -> set[str]:
+  path = pathlib.Path(zip_path)
+  try:
+    with zipfile.ZipFile(path) as archive:
+      names = [n for n in archive.namelist() if n.endswith(suffix)]
+      if len(names) != 1:
+        raise readers.ReadError(
+            f"{path}: holds {len(names)} {suffix} files instead of one."
+        )
+      text = archive.read(names[0]).decode("latin-1")
+  except (OSError, zipfile.BadZipFile) as error:
+    raise readers.ReadError(f"{path}: {error}") from error
+  # Not splitlines: Latin-1 text holds 0x85, which it would break lines at.
+  lines = (" ".join(line.split()) for line in text.split("\n"))
+  return {line for line in lines if line}

@@ -376,7 +376,7 @@ def _encode_prompts_and_completions(groups, tokenizer: Tokenizer):
   texts = [(text, bool(p)) for p, completions in groups for text in completions]
   flat = iter(_encode_flagged(texts, tokenizer))
   prompts = tokenizer.encode_batch([prompt for prompt, _ in groups])
-  for prompt, (_, completions) in zip(prompts, groups):
+  for prompt, (_, completions) in zip(prompts, groups, strict=True):
     yield prompt, [[*next(flat), tokenizer.eos_id] for _ in completions]
 
 
@@ -399,7 +399,7 @@ def _encode_flagged(
   for flag in (False, True):
     places = [i for i, (_, continues) in enumerate(texts) if continues == flag]
     ids = tokenizer.encode_batch([texts[i][0] for i in places], continues=flag)
-    for place, row in zip(places, ids):
+    for place, row in zip(places, ids, strict=True):
       result[place] = row
   return result
 

@@ -14,7 +14,9 @@ from rlhf_jax.types import LMBatch
 Example = tuple[Sequence[int], Sequence[float]]
 
 
-def pack(examples: Sequence[Example], length: int, *, pad_id: int = 0) -> LMBatch:
+def pack(
+    examples: Sequence[Example], length: int, *, pad_id: int = 0
+) -> LMBatch:
   """First-fit: each example goes into the first row that has room for it.
 
   Args:
@@ -39,7 +41,8 @@ def pack(examples: Sequence[Example], length: int, *, pad_id: int = 0) -> LMBatc
   loss_mask = np.zeros((num_rows, length), np.float32)
   start = [0] * num_rows
   segment = [0] * num_rows
-  for row, (ids, mask), size in zip(row_of, examples, lengths):
+  placed = zip(row_of, examples, lengths, strict=True)
+  for row, (ids, mask), size in placed:
     begin, end = start[row], start[row] + size
     segment[row] += 1
     start[row] = end

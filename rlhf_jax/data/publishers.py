@@ -63,11 +63,12 @@ def read_sentence_polarity(
 ) -> dict[str, list[Comparison]]:
   """Film sentences (rt-polarity.pos, .neg) as comparisons without a prompt.
 
-  Each positive sentence is chosen over a negative one. Which half a sentence is
-  in, and whether it is held out, follows from a hash of the sentence: halves and
-  splits are disjoint for all seeds, so a judge that learned from one half has
-  seen nothing that a reward model learned from the other. A sentence that
-  occurs twice counts once; one that is both positive and negative is left out.
+  Each positive sentence is chosen over a negative one. Which half a sentence
+  is in, and whether it is held out, follows from a hash of the sentence: halves
+  and splits are disjoint for all seeds, so a judge that learned from one half
+  has seen nothing that a reward model learned from the other. A sentence that
+  occurs twice counts once; one that is both positive and negative is left out,
+  and so is what the larger side has too many.
 
   Args:
     zip_path: the zip as published, with one .pos and one .neg file inside.
@@ -93,7 +94,7 @@ def read_sentence_polarity(
         records.validate_record(
             "comparison", {"prompt": "", "chosen": good, "rejected": bad}
         )
-        for good, bad in zip(*sides)
+        for good, bad in zip(*sides, strict=False)
     ]
   return pairs
 

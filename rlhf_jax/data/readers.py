@@ -63,8 +63,8 @@ def read_records(
   """Reads every record of a source.
 
   Args:
-    source: a .jsonl or .jsonl.gz file, a glob of them (read in sorted order), or
-      `tfds:name[/config][:split]` prepared by `builders.prepare`.
+    source: a .jsonl or .jsonl.gz file, a glob of them (read in sorted order),
+      or `tfds:name[/config][:split]` prepared by `builders.prepare`.
     kind: one of `records.KINDS`.
     on_error: "raise" or "skip", see the module docstring.
     skipped_path: JSONL file for what is skipped; needed by "skip". It is

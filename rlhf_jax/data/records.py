@@ -110,7 +110,9 @@ class Prompt:
 Record = Demonstration | Comparison | Ranking | Rating | Prompt
 
 
-def validate_record(kind: str, obj: Any, chat_template: str = "plain") -> Record:
+def validate_record(
+    kind: str, obj: Any, chat_template: str = "plain"
+) -> Record:
   """Turns a parsed JSON object into a record.
 
   Args:
@@ -224,7 +226,7 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
         " do not answer the same prompt",
     )
   completions = chosen[len(prompt):], rejected[len(prompt):]
-  for field, text in zip(("chosen", "rejected"), completions):
+  for field, text in zip(("chosen", "rejected"), completions, strict=True):
     if not text.strip():
       raise RecordError(field, "the last assistant turn is empty")
   return prompt, *completions
@@ -247,7 +249,7 @@ def _ranking(obj: dict) -> Ranking:
         "ranks", f"{len(ranks)} ranks for {len(completions)} completions"
     )
   seen: dict[str, int] = {}
-  for index, (text, rank) in enumerate(zip(completions, ranks)):
+  for index, (text, rank) in enumerate(zip(completions, ranks, strict=True)):
     where = f"ranks[{index}]"
     if isinstance(rank, bool) or not isinstance(rank, int):
       raise RecordError(where, f"must be an integer, not {_type_name(rank)}")

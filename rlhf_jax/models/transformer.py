@@ -18,6 +18,7 @@ dropout: a policy's log-probabilities must be a function of its parameters.
 
 import dataclasses
 import functools
+import math
 from typing import Literal
 
 import flax.linen as nn
@@ -164,10 +165,13 @@ class Norm(nn.Module):
 
 
 class Projection(nn.Module):
-  """x times a kernel of any rank; `num_in` leading kernel axes contract."""
+  """x times a kernel of any rank, the `num_in` leading kernel axes contracted.
+
+  It runs as one product of matrices: XLA's CPU backend otherwise lays out
+  transposed copies of the activations for each kernel's gradient.
+  """
 
   config: TransformerConfig
-  equation: str
   shape: tuple[int, ...]
   num_in: int = 1
   stddev: float = INIT_STDDEV
@@ -175,18 +179,17 @@ class Projection(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     cfg = self.config
-    kernel = self.param(
-        "kernel",
-        nn.initializers.normal(self.stddev),
-        self.shape,
-        cfg.param_dtype,
-    )
-    out = jnp.einsum(self.equation, x, kernel.astype(cfg.dtype))
+    init = nn.initializers.normal(self.stddev)
+    kernel = self.param("kernel", init, self.shape, cfg.param_dtype)
+    out_shape = self.shape[self.num_in :]
+    lead = x.shape[: x.ndim - self.num_in]
+    size_in = math.prod(self.shape[: self.num_in])
+    kernel = kernel.astype(cfg.dtype).reshape(size_in, -1)
+    out = (x.reshape(-1, size_in) @ kernel).reshape(*lead, *out_shape)
     if not cfg.use_bias:
       return out
-    bias = self.param(
-        "bias", nn.initializers.zeros, self.shape[self.num_in :], cfg.param_dtype
-    )
+    zeros = nn.initializers.zeros
+    bias = self.param("bias", zeros, out_shape, cfg.param_dtype)
     return out + bias.astype(cfg.dtype)[None, None]
 
 
@@ -198,11 +201,11 @@ class Attention(nn.Module):
   def __call__(self, x, shared, past):
     """Returns (output, this call's keys and values [B, J, N, K])."""
     cfg = self.config
-    heads = functools.partial(Projection, cfg, "bnd,dhk->bnhk")
     kv_shape = (cfg.width, cfg.num_kv_heads, cfg.head_dim)
-    query = heads((cfg.width, cfg.num_heads, cfg.head_dim), name="query")(x)
-    key = heads(kv_shape, name="key")(x)
-    value = heads(kv_shape, name="value")(x)
+    query_shape = (cfg.width, cfg.num_heads, cfg.head_dim)
+    query = Projection(cfg, query_shape, name="query")(x)
+    key = Projection(cfg, kv_shape, name="key")(x)
+    value = Projection(cfg, kv_shape, name="value")(x)
     if cfg.position == "rotary":
       query = attention.apply_rotary(query, *shared["rotary"])
       key = attention.apply_rotary(key, *shared["rotary"])
@@ -215,12 +218,11 @@ class Attention(nn.Module):
     out = attention.attend(query, keys, values, masks)
     out = Projection(
         cfg,
-        "bhnk,hkd->bnd",
         (cfg.num_heads, cfg.head_dim, cfg.width),
         num_in=2,
         stddev=self.residual_stddev,
         name="out",
-    )(out)
+    )(jnp.swapaxes(out, 1, 2))
     return out, (key, value)
 
 
@@ -231,20 +233,15 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
     cfg = self.config
-    wide = functools.partial(
-        Projection, cfg, "bnd,df->bnf", (cfg.width, cfg.ff_dim)
-    )
+    wide = functools.partial(Projection, cfg, (cfg.width, cfg.ff_dim))
     up = wide(name="up")(x)
     if cfg.activation == "swiglu":
       up = jax.nn.silu(wide(name="gate")(x)) * up
     else:
       up = jax.nn.gelu(up, approximate=True)
+    down_shape = (cfg.ff_dim, cfg.width)
     return Projection(
-        cfg,
-        "bnf,fd->bnd",
-        (cfg.ff_dim, cfg.width),
-        stddev=self.residual_stddev,
-        name="down",
+        cfg, down_shape, stddev=self.residual_stddev, name="down"
     )(up)
 
 
@@ -280,11 +277,14 @@ class Transformer(nn.Module):
         "token_embedding", init, (cfg.vocab_size, cfg.width), cfg.param_dtype
     )
     if cfg.position == "learned":
+      shape = (cfg.max_length, cfg.width)
       self.position_embedding = self.param(
-          "position_embedding", init, (cfg.max_length, cfg.width), cfg.param_dtype
+          "position_embedding", init, shape, cfg.param_dtype
       )
-    # prevent_cse is for remat outside of a loop; within a scan it only costs.
-    block = nn.remat(Block, prevent_cse=False) if cfg.remat else Block
+    # A loop keeps XLA from merging the recomputation with the original; layers
+    # unrolled side by side need to be told.
+    unrolled = cfg.scan_unroll > 1
+    block = nn.remat(Block, prevent_cse=unrolled) if cfg.remat else Block
     self.layers = nn.scan(
         block,
         variable_axes={"params": 0},

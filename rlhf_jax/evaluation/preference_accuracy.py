@@ -4,6 +4,8 @@ Everything is computed from margins: score of the chosen completion minus score
 of the rejected one, one number a pair. A tie (margin 0) counts as half right.
 """
 
+from collections.abc import Mapping, Sequence
+
 from jaxtyping import Array, Float
 import numpy as np
 
@@ -80,16 +82,17 @@ def calibration(
   return bins
 
 
-def expected_calibration_error(
-    margins: Float[Array, "N"] | Float[np.ndarray, "N"], num_bins: int = 10
-) -> float:
+def expected_calibration_error(bins: Sequence[Mapping[str, float]]) -> float:
   """Mean over pairs of |predicted - observed| of their bin; 0 is perfect.
 
-  Biased upwards when bins hold few pairs: compare at equal N only.
+  Biased upwards when bins hold few pairs: compare at equal numbers of pairs
+  and bins only.
+
+  Args:
+    bins: of `calibration`.
 
   Reference: Guo et al. (2017), arXiv 1706.04599, equation 3.
   """
-  bins = calibration(margins, num_bins)
   total = sum(each["count"] for each in bins)
   return sum(
       each["count"] / total * abs(each["predicted"] - each["observed"])

@@ -73,9 +73,9 @@ def test_calibration_matches_a_loop(margins, num_bins):
     assert got["predicted"] == pytest.approx(predicted)
     assert got["observed"] == pytest.approx(observed)
     error += len(inside) * abs(predicted - observed)
-  assert preference_accuracy.expected_calibration_error(
-      margins, num_bins
-  ) == pytest.approx(error / len(margins))
+  assert preference_accuracy.expected_calibration_error(bins) == (
+      pytest.approx(error / len(margins))
+  )
 
 
 def test_choices_drawn_from_the_model_are_calibrated():
@@ -83,9 +83,12 @@ def test_choices_drawn_from_the_model_are_calibrated():
   scale = np.abs(rng.normal(0, 2, size=20_000))
   chosen = rng.random(scale.size) < 1 / (1 + np.exp(-scale))
   margins = np.where(chosen, scale, -scale)
-  assert preference_accuracy.expected_calibration_error(margins) < 0.02
+  error = lambda margins: preference_accuracy.expected_calibration_error(
+      preference_accuracy.calibration(margins)
+  )
+  assert error(margins) < 0.02
   # Scores twice as sharp as the truth claim too much.
-  assert preference_accuracy.expected_calibration_error(2 * margins) > 0.05
+  assert error(2 * margins) > 0.05
 
 
 @pytest.mark.parametrize("weights, match", [

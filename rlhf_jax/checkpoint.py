@@ -5,18 +5,14 @@ A checkpoint is one folder, written in two steps:
     <directory>/step_00000010/arrays/          orbax, asynchronously
     <directory>/step_00000010/checkpoint.json  last, in one atomic rename
 
-`checkpoint.json` names every array, the config, the iterator state, the
-metrics, and the size and CRC-32 of each file under `arrays/`. A folder without
-it was never finished; a folder whose files do not match it is damaged. Both are
-passed over with a warning, and the checkpoint before is used. A finished folder
-is never written to again: saving a step anew makes `step_00000010.2`, and the
-old folder goes only after the new one is complete. So a process may be killed
-at any moment.
+A folder without `checkpoint.json` was never finished; one whose files do not
+match the checksums in it is damaged. Both are passed over with a warning, and
+the checkpoint before is used. A finished folder is never written to again:
+saving a step anew makes `step_00000010.2`, and the old folder goes only after
+the new one is complete. So a process may be killed at any moment.
 
-Arrays are saved under flat dotted names, so a state may be any pytree. They are
-restored onto the shardings of the abstract state given, whatever devices they
-were saved on. Paths are those of a local or mounted file system that all
-processes share; process 0 writes `checkpoint.json` and deletes.
+Paths are those of a local or mounted file system that all processes share;
+process 0 writes `checkpoint.json` and deletes.
 """
 
 import concurrent.futures
@@ -28,24 +24,20 @@ import pathlib
 import re
 import shutil
 from typing import Any, Literal
-import zlib
 
 import flax.traverse_util
 import jax
 from jax.experimental import multihost_utils
-import jax.numpy as jnp
-import numpy as np
 import orbax.checkpoint as ocp
+
+from rlhf_jax import array_folder
 
 PyTree = Any
 
-_FORMAT = 1
-_INFO = "checkpoint.json"
-_ARRAYS = "arrays"
+StateMismatch = array_folder.StateMismatch
+
 _DELETED = ".deleted"
 _FOLDER = re.compile(r"step_(\d+)(?:\.(\d+))?")
-_CRC_CHUNK = 1 << 22
-_NAMES_IN_ERROR = 8
 
 _log = logging.getLogger(__name__)
 
@@ -58,19 +50,13 @@ class ConfigMismatch(ValueError):
   """The checkpoint was saved by another config; lists the fields."""
 
 
-class StateMismatch(ValueError):
-  """The checkpoint's arrays are not those of the state given; lists them."""
-
-
-class _Damaged(Exception):
-  """Why a folder is not a usable checkpoint."""
-
-
 class Checkpointer:
   """Saves and restores one run's state; keeps the last and the best.
 
   All processes of a run must make the same calls. Errors of a save that is
   written in the background are raised by the next `save`, `wait` or `close`.
+  Use it in a `with` statement, or close it in a `finally`: a process that ends
+  without closing loses the save in progress, as one that is killed does.
 
   Args:
     directory: made if it is not there.
@@ -105,7 +91,15 @@ class Checkpointer:
     self._attempts: dict[int, int] = {}
     for step, attempt, _ in _folders(self._directory):
       self._attempts[step] = max(attempt, self._attempts.get(step, 0))
-    self._orbax = ocp.AsyncCheckpointer(ocp.PyTreeCheckpointHandler())
+    # Folders are made before `save` returns: a folder that cannot be made in
+    # the background would leave orbax's threads waiting for it for minutes,
+    # and the process could not end.
+    self._orbax = ocp.AsyncCheckpointer(
+        ocp.PyTreeCheckpointHandler(),
+        async_options=ocp.options.AsyncOptions(
+            create_directories_asynchronously=False
+        ),
+    )
     self._thread = concurrent.futures.ThreadPoolExecutor(
         1, thread_name_prefix="checkpoint"
     )
@@ -141,20 +135,19 @@ class Checkpointer:
     """
     self.wait()
     info = {
-        "format": _FORMAT,
         "step": int(step),
         "config": self._config,
         "iterator_state": json.loads(json.dumps(iterator_state)),
         "metrics": self._checked_metrics(metrics),
     }
-    arrays, info["leaves"] = _to_saveable(state)
+    arrays, info["leaves"] = array_folder.to_saveable(state)
     attempt = self._attempts.get(info["step"], 0) + 1
     self._attempts[info["step"]] = attempt
     folder = self._directory / _folder_name(info["step"], attempt)
     try:
       if arrays:
         self._orbax.save(
-            folder / _ARRAYS, args=ocp.args.PyTreeSave(arrays)
+            folder / array_folder.ARRAYS, args=ocp.args.PyTreeSave(arrays)
         )
     except Exception as e:
       raise _write_error(folder, e) from e
@@ -225,26 +218,30 @@ class Checkpointer:
     try:
       self._orbax.wait_until_finished()
       if jax.process_index() == 0:
-        _write_info(folder, info)
+        array_folder.write_info(folder, info)
         self._delete_old(folder)
     except Exception as e:
       raise _write_error(folder, e) from e
 
   def _delete_old(self, newest: pathlib.Path) -> None:
+    """Deletes all but the last, the best, and what is not for us to judge."""
     readable = self._readable()
     step = readable[newest]["step"]
-    # Another attempt at the same step is replaced. Later steps are those of a
-    # run that was since taken up at an earlier one: they do not count.
-    earlier = [f for f, i in readable.items() if i["step"] < step]
-    later = [f for f, i in readable.items() if i["step"] > step]
-    keep = {newest, *later, *earlier[len(earlier) - self._keep_last + 1 :]}
-    for folder, _ in self._by_metric({f: readable[f] for f in
-                                      [*earlier, newest, *later]})[:1]:
-      keep.add(folder)
-    damaged = [self._directory / name for name in self._damaged]
-    for _, _, folder in _folders(self._directory):
-      same_step = _parse(folder.name)[0] == step
-      if folder in keep or (folder in damaged and not same_step):
+    # Another attempt at this step is replaced. Later steps are those of a run
+    # that was since taken up at an earlier one: they do not count as last.
+    counted = {
+        folder: info
+        for folder, info in readable.items()
+        if folder == newest or info["step"] != step
+    }
+    last = [f for f, info in counted.items() if info["step"] <= step]
+    keep = {f for f, info in counted.items() if info["step"] > step}
+    keep.update(last[-self._keep_last :])
+    keep.update(folder for folder, _ in self._by_metric(counted)[:1])
+    for other_step, _, folder in _folders(self._directory):
+      # Damaged ones stay, for their owner to look at, until replaced.
+      damaged = folder.name in self._damaged and other_step != step
+      if folder in keep or damaged and array_folder.is_finished(folder):
         continue
       # Renamed first, so that a kill leaves nothing that looks like a
       # checkpoint with files missing.
@@ -261,8 +258,8 @@ class Checkpointer:
     for _, _, folder in _folders(self._directory):
       if folder.name not in self._damaged:
         try:
-          found[folder] = _read_info(folder)
-        except _Damaged:
+          found[folder] = array_folder.read_info(folder)
+        except array_folder.Damaged:
           continue
     return found
 
@@ -280,10 +277,10 @@ class Checkpointer:
   def _intact(self, folder: pathlib.Path) -> dict[str, Any] | None:
     """The info of `folder`, or None and a warning if it is not usable."""
     try:
-      info = _read_info(folder)
-      _verify_files(folder, info)
+      info = array_folder.read_info(folder)
+      array_folder.verify_files(folder, info)
       return info
-    except _Damaged as e:
+    except array_folder.Damaged as e:
       self._damaged.add(folder.name)
       _log.warning("checkpoint %s passed over: %s", folder, e)
       return None
@@ -296,7 +293,7 @@ class Checkpointer:
           + "\n  ".join(differences)
           + "\nuse the saved config, or another directory"
       )
-    state = _restore_arrays(folder, info["leaves"], abstract_state)
+    state = array_folder.restore_arrays(folder, info["leaves"], abstract_state)
     return info["step"], state, info["iterator_state"]
 
 
@@ -345,9 +342,8 @@ def save_model(
   temporary = directory.with_name(f".{directory.name}.writing")
   replaced = directory.with_name(f".{directory.name}.replaced")
   flat = _flat_params(params)
-  arrays, leaves = _to_saveable(flat, names=list(flat))
+  arrays, leaves = array_folder.to_saveable(flat)
   info = {
-      "format": _FORMAT,
       "config": json.loads(json.dumps(model_config)),
       "extra": json.loads(json.dumps(extra)),
       "leaves": leaves,
@@ -361,10 +357,10 @@ def save_model(
     if arrays:
       with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         checkpointer.save(
-            temporary / _ARRAYS, args=ocp.args.PyTreeSave(arrays)
+            temporary / array_folder.ARRAYS, args=ocp.args.PyTreeSave(arrays)
         )
     if first:
-      _write_info(temporary, info)
+      array_folder.write_info(temporary, info)
       shutil.rmtree(replaced, ignore_errors=True)
       if directory.exists():
         os.rename(directory, replaced)
@@ -387,11 +383,11 @@ def load_model(
   """
   directory = pathlib.Path(directory).absolute()
   try:
-    info = _read_info(directory)
-    _verify_files(directory, info)
-  except _Damaged as e:
+    info = array_folder.read_info(directory)
+    array_folder.verify_files(directory, info)
+  except array_folder.Damaged as e:
     raise CheckpointError(f"no usable model in {directory}: {e}") from e
-  flat = _read_arrays(
+  flat = array_folder.read_arrays(
       directory, info["leaves"], {name: None for name in info["leaves"]}
   )
   params = flax.traverse_util.unflatten_dict(flat, sep="/")
@@ -441,63 +437,7 @@ def _barrier(name: str) -> None:
     multihost_utils.sync_global_devices(name)
 
 
-# ---- checkpoint.json ---------------------------------------------------------
-
-
-def _write_info(folder: pathlib.Path, info: dict[str, Any]) -> None:
-  """Completes `folder`: the list of its files and everything but the arrays."""
-  folder.mkdir(exist_ok=True)
-  paths = sorted(p for p in (folder / _ARRAYS).rglob("*") if p.is_file())
-  files = {
-      path.relative_to(folder).as_posix(): [path.stat().st_size, _crc(path)]
-      for path in paths
-  }
-  temporary = folder / (_INFO + ".writing")
-  temporary.write_text(json.dumps({**info, "files": files}, indent=1))
-  os.replace(temporary, folder / _INFO)
-
-
-def _read_info(folder: pathlib.Path) -> dict[str, Any]:
-  """The parsed `checkpoint.json`; raises `_Damaged` with the reason."""
-  try:
-    info = json.loads((folder / _INFO).read_bytes())
-  except FileNotFoundError:
-    raise _Damaged(f"{_INFO} is missing: it was never finished") from None
-  except OSError as e:
-    raise _Damaged(f"{_INFO} cannot be read: {e.strerror}") from None
-  except ValueError as e:
-    raise _Damaged(f"{_INFO} is not valid JSON: {e}") from None
-  if not isinstance(info, dict) or "format" not in info:
-    raise _Damaged(f"{_INFO} does not describe a checkpoint")
-  if info["format"] != _FORMAT:
-    raise _Damaged(
-        f"{_INFO} has format {info['format']!r}, this version reads {_FORMAT}"
-    )
-  return info
-
-
-def _verify_files(folder: pathlib.Path, info: dict[str, Any]) -> None:
-  for name, (size, crc) in info["files"].items():
-    path = folder / name
-    try:
-      found = path.stat().st_size
-      if found != size:
-        raise _Damaged(f"{name} has {found} bytes instead of {size}")
-      if _crc(path) != crc:
-        raise _Damaged(f"the contents of {name} changed since it was written")
-    except OSError as e:
-      raise _Damaged(f"{name} cannot be read: {e.strerror}") from None
-
-
-def _crc(path: pathlib.Path) -> int:
-  value = 0
-  with path.open("rb") as f:
-    while chunk := f.read(_CRC_CHUNK):
-      value = zlib.crc32(chunk, value)
-  return value
-
-
-# ---- Arrays ------------------------------------------------------------------
+# ---- Params as a flat dict ---------------------------------------------------
 
 
 def _flat_params(params: PyTree) -> dict[str, Any]:
@@ -508,125 +448,3 @@ def _flat_params(params: PyTree) -> dict[str, Any]:
           f"params need strings without '/' as keys, not {path}"
       )
   return {"/".join(path): leaf for path, leaf in flat.items()}
-
-
-def _named_leaves(tree: PyTree) -> dict[str, Any]:
-  """Leaves by dotted path, in the order of the tree."""
-  leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-  named = {
-      jax.tree_util.keystr(path, simple=True, separator=".") or "state": leaf
-      for path, leaf in leaves
-  }
-  if len(named) != len(leaves):
-    raise ValueError("two leaves of the state have the same dotted name")
-  return named
-
-
-def _is_key(leaf: Any) -> bool:
-  return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
-
-
-def _to_saveable(
-    tree: PyTree, names: list[str] | None = None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-  """(arrays that orbax takes, description of all leaves), both by name."""
-  named = _named_leaves(tree) if names is None else dict(tree)
-  arrays, specs = {}, {}
-  for name, leaf in named.items():
-    if not isinstance(leaf, (jax.Array, np.ndarray, np.generic)):
-      raise TypeError(
-          f"leaf '{name}' is a Python {type(leaf).__name__}; a state holds"
-          " arrays only: wrap it in jnp.asarray with its dtype"
-      )
-    specs[name] = {"dtype": str(leaf.dtype), "shape": list(leaf.shape)}
-    if isinstance(leaf, jax.Array) and _is_key(leaf):
-      specs[name]["key_impl"] = str(jax.random.key_impl(leaf))
-      leaf = jax.random.key_data(leaf)
-      specs[name]["key_data_shape"] = list(leaf.shape)
-    if leaf.size == 0:  # Nothing to write, and orbax refuses it.
-      continue
-    # Orbax writes numpy arrays from the caller's memory, in the background.
-    arrays[name] = leaf if isinstance(leaf, jax.Array) else np.array(leaf)
-  return arrays, specs
-
-
-def _check_leaves(folder, specs, given: dict[str, Any]) -> None:
-  """Raises one `StateMismatch` that names every leaf that does not fit."""
-  lines = []
-  for name in [*given, *(n for n in specs if n not in given)]:
-    if name not in specs:
-      lines.append(f"'{name}': not in the checkpoint")
-    elif name not in given:
-      lines.append(f"'{name}': not in the state given")
-    else:
-      saved = f"{specs[name]['dtype']}{specs[name]['shape']}"
-      wanted = f"{given[name].dtype}{list(given[name].shape)}"
-      if saved != wanted:
-        lines.append(f"'{name}': saved {saved}, given {wanted}")
-  if lines:
-    more = len(lines) - _NAMES_IN_ERROR
-    shown = lines[:_NAMES_IN_ERROR] + [f"and {more} more"] * (more > 0)
-    raise StateMismatch(
-        f"checkpoint {folder} does not fit the state given:\n  "
-        + "\n  ".join(shown)
-    )
-
-
-def _restore_arrays(folder, specs, abstract_state: PyTree) -> PyTree:
-  given = _named_leaves(abstract_state)
-  _check_leaves(folder, specs, given)
-  arrays = _read_arrays(folder, specs, given)
-  return jax.tree.unflatten(
-      jax.tree.structure(abstract_state), [arrays[name] for name in given]
-  )
-
-
-def _read_arrays(folder, specs, given: dict[str, Any]) -> dict[str, Any]:
-  """Arrays by name, each as the leaf of `given` wants it (None: uncommitted)."""
-  wanted = {name: _target_sharding(leaf) for name, leaf in given.items()}
-  restore_args = {}
-  for name, sharding in wanted.items():
-    if 0 in specs[name]["shape"]:
-      continue
-    if sharding is None:
-      restore_args[name] = ocp.RestoreArgs(restore_type=np.ndarray)
-    else:
-      restore_args[name] = ocp.ArrayRestoreArgs(sharding=sharding)
-  raw = {}
-  if restore_args:
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-      raw = checkpointer.restore(
-          folder / _ARRAYS,
-          args=ocp.args.PyTreeRestore(
-              item=dict.fromkeys(restore_args, 0), restore_args=restore_args
-          ),
-      )
-  return {
-      name: _as_wanted(raw.get(name), specs[name], leaf, wanted[name])
-      for name, leaf in given.items()
-  }
-
-
-def _target_sharding(leaf: Any) -> jax.sharding.Sharding | None:
-  """The sharding that an abstract leaf names, None if it does not care."""
-  if isinstance(leaf, jax.Array):
-    return leaf.sharding if leaf.committed else None
-  return getattr(leaf, "sharding", None)
-
-
-def _as_wanted(array, spec, leaf, sharding):
-  """One array read by orbax (None: it has no elements), made into its leaf."""
-  if array is None:
-    is_key = "key_impl" in spec
-    array = np.zeros(
-        spec["key_data_shape" if is_key else "shape"],
-        np.uint32 if is_key else jnp.dtype(spec["dtype"]),
-    )
-  if isinstance(leaf, (np.ndarray, np.generic)):
-    return array
-  if not isinstance(array, jax.Array):
-    # A copy: the buffer may be donated, so it must not be numpy's.
-    array = jnp.array(array, copy=True)
-  if "key_impl" in spec:
-    array = jax.random.wrap_key_data(array, impl=spec["key_impl"])
-  return array if sharding is None else jax.device_put(array, sharding)

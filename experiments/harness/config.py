@@ -183,26 +183,32 @@ def _convert_plain(hint, value, path, problems, allow_nan):
 
 
 def _convert_union(hint, value, path, problems, allow_nan):
-  """The first member that takes the value exactly as it is, else the first."""
-  members = [
-      m for m in typing.get_args(hint)
-      if m in (*_PLAIN, type(None), Any) or typing.get_origin(m) is not None
-      or dataclasses.is_dataclass(m)
-  ]
-  # An int for `float | int` stays an int.
-  members.sort(key=lambda m: type(value) is not m)
+  """The first member that takes the value; one of its own type goes first.
+
+  Members that no config value makes (arrays, say) are left out.
+  """
+  members = [m for m in typing.get_args(hint) if _is_buildable(m)]
   reports = []
-  for member in members:
+  for member in sorted(members, key=lambda m: type(value) is not m):
     found = []
     converted = _convert(member, value, path, found, allow_nan)
     if not found:
       return converted
     reports.append(found)
-  # The problems inside a section say more than "expected this or that".
+  # What is wrong inside a section says more than "expected this or that".
   inner = [r for r in reports if not r[0].startswith(f"{path}: expected")]
-  expected = f"{path}: expected {_type_name(hint)}, got {_show(value)}"
+  names = " or ".join(_type_name(member) for member in members)
+  expected = f"{path}: expected {names}, got {_show(value)}"
   problems.extend(inner[0] if inner else [expected])
   return _BAD
+
+
+def _is_buildable(hint) -> bool:
+  return (
+      hint in (*_PLAIN, type(None), Any, tuple, dict)
+      or typing.get_origin(hint) is not None
+      or dataclasses.is_dataclass(hint)
+  )
 
 
 def _convert_literal(hint, value, path, problems):

@@ -8,6 +8,7 @@ import hypothesis
 from hypothesis import strategies as st
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 import ml_collections
 from ml_collections import config_dict
 import numpy as np
@@ -199,6 +200,17 @@ def test_static_fields_are_plain_fields():
   )
   assert jax.tree.leaves(update) == [1.0]
   assert (update.num_epochs, update.estimator) == (2, "exact")
+
+
+def test_a_leaf_annotated_as_array_or_float_takes_floats_only():
+  @dataclasses.dataclass(frozen=True)
+  class Leaf:
+    beta: Float[Array, ""] | float
+
+  assert config_lib.from_config(Leaf, {"beta": 1}).beta == 1.0
+  assert _problems({"beta": "a"}, Leaf) == [
+      "config.beta: expected float, got the str 'a'"
+  ]
 
 
 def test_an_annotation_that_no_config_can_fill_is_a_programming_error():

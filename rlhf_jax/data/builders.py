@@ -225,6 +225,10 @@ def _check_names(
           f"{what!r}: names of datasets, configs and splits are lower case"
           " letters, digits and underscores, and start with a letter."
       )
+  if "all" in by_split:
+    raise prepared.PreparedError(
+        "'all' is TFDS's own name for every split together; choose another."
+    )
   for split, rows in by_split.items():
     if not isinstance(rows, (str, os.PathLike)) and not len(rows):
       raise prepared.PreparedError(f"split {split!r} holds no records.")

@@ -15,21 +15,24 @@ import jinja2.sandbox
 
 ROLES = ("system", "user", "assistant")
 
+# Line breaks stand in expressions: as Hugging Face does, the environment drops
+# a literal one after a block.
 TEMPLATES = {
     # One message a paragraph, no names: for models that only ever complete.
     "plain": (
         "{% for m in messages %}{{ m.content }}"
-        "{% if not (loop.last and m.role == 'assistant') %}\n\n{% endif %}"
+        "{% if not (loop.last and m.role == 'assistant') %}{{ '\\n\\n' }}"
+        "{% endif %}"
         "{% endfor %}"
     ),
     # Anthropic's HH transcripts; a system message stands before the first turn.
     "hh": (
         "{% for m in messages %}"
         "{% if m.role == 'system' %}{{ m.content }}"
-        "{% else %}\n\n{{ 'Human' if m.role == 'user' else 'Assistant' }}: "
-        "{{ m.content }}{% endif %}"
+        "{% elif m.role == 'user' %}{{ '\\n\\nHuman: ' ~ m.content }}"
+        "{% else %}{{ '\\n\\nAssistant: ' ~ m.content }}{% endif %}"
         "{% endfor %}"
-        "{% if add_generation_prompt %}\n\nAssistant:{% endif %}"
+        "{% if add_generation_prompt %}{{ '\\n\\nAssistant:' }}{% endif %}"
     ),
 }
 
@@ -66,6 +69,11 @@ def render_spans(
     whole = _render(template, messages[: index + 1], False)
     text = _extend(spans, text, whole, trained)
   return tuple(spans)
+
+
+def render_prompt(messages: list[dict[str, str]], chat_template: str) -> str:
+  """The text that the assistant's next words follow."""
+  return _render(compile_template(chat_template), messages, True)
 
 
 @functools.lru_cache(maxsize=16)

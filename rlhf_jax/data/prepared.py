@@ -7,6 +7,7 @@ asks the network.
 
 import os
 import pathlib
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -18,6 +19,7 @@ from rlhf_jax.data import records
 FILE_FORMAT = "array_record"
 
 _INFO_FILE = "dataset_info.json"
+_VERSION = re.compile(r"[0-9]+\.[0-9]+\.[0-9]+")
 _TEXT = tfds.features.Text
 
 
@@ -163,7 +165,11 @@ def _find_folder(folder: pathlib.Path) -> pathlib.Path:
         " or give data_dir."
     )
   children = [p for p in folder.iterdir() if p.is_dir()]
-  versions = [p for p in children if (p / _INFO_FILE).is_file()]
+  # A killed preparation leaves `incomplete.*` folders, which have no version.
+  versions = [
+      p for p in children
+      if _VERSION.fullmatch(p.name) and (p / _INFO_FILE).is_file()
+  ]
   if not versions:
     listed = ", ".join(sorted(p.name for p in children)) or "nothing"
     raise PreparedError(
@@ -174,8 +180,7 @@ def _find_folder(folder: pathlib.Path) -> pathlib.Path:
 
 
 def _version_key(folder: pathlib.Path) -> tuple[int, ...]:
-  parts = folder.name.split(".")
-  return tuple(int(part) if part.isdigit() else -1 for part in parts)
+  return tuple(int(part) for part in folder.name.split("."))
 
 
 def _plain(value: Any) -> Any:

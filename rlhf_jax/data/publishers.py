@@ -6,8 +6,13 @@ import pathlib
 import random
 import zipfile
 
-from rlhf_jax.data import readers, records
-from rlhf_jax.data.records import Comparison, Demonstration, RecordError
+from rlhf_jax.data import chat, readers, records
+from rlhf_jax.data.records import (
+    Comparison,
+    Demonstration,
+    Ranking,
+    RecordError,
+)
 
 
 def read_hh(
@@ -56,6 +61,59 @@ def _gsm8k_record(obj) -> Demonstration:
       "prompt": f"Question: {obj['question']}\nAnswer:",
       "completion": f" {obj['answer']}",
   })
+
+
+def read_oasst(
+    path: str | os.PathLike, *, chat_template: str = "hh"
+) -> list[Ranking]:
+  """Open Assistant's trees: one ranking for each message with ranked replies.
+
+  Wherever at least two of the assistant's replies to a message have a rank,
+  they are ranked with the conversation up to there as the prompt. Deleted and
+  unranked replies are left out.
+
+  Args:
+    path: JSONL file or glob, one tree a line (`*.trees.jsonl`, gzip too).
+    chat_template: how the conversation becomes text, see `chat`.
+
+  Raises:
+    ReadError: with file, line and reason.
+  """
+  found = []
+  for file in readers.resolve_files(os.fspath(path)):
+    for number, line in readers.read_lines(file):
+      try:
+        tree = readers.parse_line(line)
+        found += _tree_rankings(tree["prompt"], chat_template)
+      except (RecordError, KeyError, TypeError) as error:
+        raise readers.ReadError(
+            f"{file}:{number}: not a tree of messages: {error!r}"
+        ) from error
+  if not found:
+    raise readers.ReadError(f"{path}: holds no ranked replies.")
+  return found
+
+
+def _tree_rankings(root: dict, chat_template: str) -> list[Ranking]:
+  found = []
+  # A stack and not recursion: nobody promises how deep a tree is.
+  stack = [(root, [])]
+  while stack:
+    node, before = stack.pop()
+    role = {"prompter": "user", "assistant": "assistant"}[node["role"]]
+    messages = [*before, {"role": role, "content": node["text"]}]
+    stack += [(reply, messages) for reply in reversed(node["replies"])]
+    ranked = [
+        reply for reply in node["replies"]
+        if reply.get("rank") is not None and not reply["deleted"]
+    ]
+    if role == "user" and len(ranked) > 1:
+      found.append(records.validate_record("ranking", {
+          "prompt": chat.render_prompt(messages, chat_template),
+          "completions": [f" {reply['text']}" for reply in ranked],
+          "ranks": [reply["rank"] for reply in ranked],
+      }))
+  return found
 
 
 def read_sentence_polarity(

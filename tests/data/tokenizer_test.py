@@ -1,0 +1,240 @@
+import json
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers
+
+from rlhf_jax.data.tokenizer import Tokenizer, TokenizerError
+
+TEXTS = [
+    "Once upon a time there was a little dog.",
+    "The dog said hello, hello to 123 cats and 456 birds.",
+    "A little cat ran away; the dog ran too.",
+] * 8
+
+any_text = st.text(st.characters(exclude_categories=["Cs"]), max_size=60)
+# What a sentencepiece file cannot give back by its nature: its sign for a
+# space, and NUL, which ends a string in parts of its C++ code.
+spm_text = st.text(
+    st.characters(exclude_categories=["Cs"], exclude_characters="\u2581\0"),
+    max_size=60,
+)
+
+
+@pytest.fixture(scope="module")
+def bpe():
+  return Tokenizer.train_byte_level_bpe(TEXTS, 320)
+
+
+@pytest.fixture(scope="module")
+def spm_path(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("spm")
+  corpus = folder / "corpus.txt"
+  corpus.write_text("\n".join(TEXTS))
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(corpus), model_prefix=str(folder / "m"), vocab_size=330,
+      model_type="bpe", byte_fallback=True, minloglevel=2,
+      normalization_rule_name="identity", hard_vocab_limit=False,
+  )
+  return folder / "m.model"
+
+
+@pytest.fixture(scope="module")
+def spm(spm_path):
+  return Tokenizer.from_sentencepiece(spm_path)
+
+
+def metaspace_tokenizer(tmp_path) -> Tokenizer:
+  """A tokenizer that prepends a space, in the layout of Llama's folders."""
+  vocab = {"<unk>": 0, "<s>": 1, "</s>": 2}
+  vocab |= {c: 3 + i for i, c in enumerate("▁abc")}
+  backend = tokenizers.Tokenizer(
+      models.BPE(vocab=vocab, merges=[], unk_token="<unk>")
+  )
+  backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+  backend.normalizer = normalizers.Sequence(
+      [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+  )
+  backend.decoder = decoders.Sequence([
+      decoders.Replace("▁", " "), decoders.Fuse(), decoders.Strip(" ", 1, 0),
+  ])
+  backend.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+      "tokenizer_class": "PreTrainedTokenizerFast", "unk_token": "<unk>",
+      "bos_token": "<s>", "eos_token": "</s>",
+  }))
+  return Tokenizer.from_pretrained_folder(tmp_path)
+
+
+@given(text=any_text)
+def test_bpe_gives_back_any_text(bpe, text):
+  assert bpe.decode(bpe.encode(text)) == text
+
+
+@given(prompt=any_text, completion=any_text)
+def test_bpe_gives_back_any_text_across_the_boundary(bpe, prompt, completion):
+  ids = bpe.encode(prompt) + bpe.encode(completion, continues=True)
+  assert bpe.decode(ids) == prompt + completion
+
+
+@given(prompt=spm_text.filter(bool), completion=spm_text)
+def test_spm_completion_is_not_given_a_space(spm, prompt, completion):
+  tail = spm.encode(completion, continues=True)
+  assert spm.decode(spm.encode(prompt) + tail) == prompt + completion
+  assert spm.decode(tail, continues=True) == completion
+
+
+def test_spm_prefix_space_is_only_for_the_start_of_a_text(spm):
+  assert spm.encode("dog") == spm.encode(" dog", continues=True)
+  assert spm.encode("dog", continues=True) != spm.encode("dog")
+
+
+@pytest.mark.parametrize("completion", ["a", " a", "  b", "abc  "])
+def test_prepended_space_of_a_folder_is_only_for_the_start(
+    tmp_path, completion
+):
+  tokenizer = metaspace_tokenizer(tmp_path)
+  tail = tokenizer.encode(completion, continues=True)
+  assert tokenizer.decode(tokenizer.encode("ab ") + tail) == "ab " + completion
+  assert tokenizer.decode(tail, continues=True) == completion
+  assert tokenizer.encode("a") == [3, 4]
+
+
+def test_folder_without_pad_lends_unk_and_survives_saving(tmp_path):
+  tokenizer = metaspace_tokenizer(tmp_path)
+  assert (tokenizer.pad_id, tokenizer.bos_id, tokenizer.eos_id) == (0, 1, 2)
+  tokenizer.save(tmp_path / "saved")
+  loaded = Tokenizer.load(tmp_path / "saved")
+  assert loaded.fingerprint == tokenizer.fingerprint
+  assert loaded.encode("ab", continues=True) == [4, 5]
+
+
+def test_special_tokens_are_neither_added_nor_read_from_text(bpe, spm):
+  for tokenizer, text in ((bpe, "a<eos><pad>b"), (spm, "a</s><s>b")):
+    ids = tokenizer.encode(text)
+    special = {tokenizer.pad_id, tokenizer.eos_id, tokenizer.bos_id}
+    assert not special & set(ids)
+    assert tokenizer.decode(ids) == text
+
+
+def test_pad_equal_to_eos_cannot_happen(bpe, spm):
+  assert len({bpe.pad_id, bpe.eos_id, bpe.bos_id}) == 3
+  assert len({spm.pad_id, spm.eos_id, spm.bos_id}) == 3
+
+
+def test_decode_drops_special_tokens_and_masked_tokens(bpe, spm):
+  for tokenizer in (bpe, spm):
+    ids = tokenizer.encode("the dog")
+    ended = [tokenizer.bos_id, *ids, tokenizer.eos_id]
+    assert tokenizer.decode(ended) == "the dog"
+    rows = np.array([ended + [tokenizer.pad_id] * 3], np.int32)
+    mask = np.array([[1] * len(ended) + [0] * 3])
+    assert tokenizer.decode_batch(rows, mask) == ["the dog"]
+
+
+def test_digits_are_single_tokens(bpe):
+  assert len(bpe.encode("123456")) == 6
+
+
+def test_training_is_deterministic_and_saving_keeps_everything(bpe, tmp_path):
+  again = Tokenizer.train_byte_level_bpe(iter(TEXTS), 320)
+  assert again.fingerprint == bpe.fingerprint
+  other = Tokenizer.train_byte_level_bpe(TEXTS, 300)
+  assert other.fingerprint != bpe.fingerprint
+  bpe.save(tmp_path)
+  loaded = Tokenizer.load(tmp_path)
+  assert loaded.fingerprint == bpe.fingerprint
+  assert vars(loaded).keys() == vars(bpe).keys()
+  assert (loaded.pad_id, loaded.eos_id, loaded.bos_id) == (0, 1, 2)
+  assert loaded.vocab_size == bpe.vocab_size <= 320
+  assert loaded.encode_batch(TEXTS) == bpe.encode_batch(TEXTS)
+
+
+def test_transformers_reads_what_was_saved(bpe, tmp_path):
+  bpe.save(tmp_path)
+  loaded = Tokenizer.from_pretrained_folder(tmp_path)
+  assert loaded.encode(TEXTS[1]) == bpe.encode(TEXTS[1])
+  assert (loaded.pad_id, loaded.eos_id, loaded.bos_id) == (0, 1, 2)
+
+
+def test_saving_over_another_kind_leaves_no_stale_file(bpe, spm, tmp_path):
+  bpe.save(tmp_path)
+  spm.save(tmp_path)
+  assert Tokenizer.load(tmp_path).fingerprint == spm.fingerprint
+  bpe.save(tmp_path)
+  assert Tokenizer.load(tmp_path).fingerprint == bpe.fingerprint
+
+
+def test_batch_equals_one_by_one(spm):
+  rows = spm.encode_batch(TEXTS[:3], continues=True)
+  assert rows == [spm.encode(text, continues=True) for text in TEXTS[:3]]
+  assert spm.decode_batch(rows) == [spm.decode(row) for row in rows]
+  assert spm.encode_batch([]) == spm.decode_batch([]) == []
+
+
+def test_half_a_character_decodes_to_the_replacement_character(bpe, spm):
+  for tokenizer in (bpe, spm):
+    assert tokenizer.decode(tokenizer.encode("a☃")[:-1]).startswith("a")
+
+
+def test_errors_say_what_to_do(bpe, spm_path, tmp_path):
+  with pytest.raises(ValueError, match="at least 259"):
+    Tokenizer.train_byte_level_bpe(TEXTS, 258)
+  with pytest.raises(ValueError, match="text 1 holds a lone surrogate"):
+    bpe.encode_batch(["ok", "x\ud800"])
+  with pytest.raises(ValueError, match="outside the vocabulary of"):
+    bpe.decode([5, 320])
+  with pytest.raises(TokenizerError, match="No such file"):
+    Tokenizer.from_sentencepiece(tmp_path / "absent.model")
+  with pytest.raises(TokenizerError, match="no such folder"):
+    Tokenizer.from_pretrained_folder(tmp_path / "absent")
+  with pytest.raises(TokenizerError, match="transformers cannot read"):
+    Tokenizer.from_pretrained_folder(tmp_path)
+  damaged = tmp_path / "tokenizer.model"
+  damaged.write_bytes(b"not a model")
+  with pytest.raises(TokenizerError, match="not a sentencepiece model"):
+    Tokenizer.load(tmp_path)
+  damaged.unlink()
+  (tmp_path / "tokenizer.json").write_text("{}")
+  with pytest.raises(TokenizerError, match="tokenizer_config.json"):
+    Tokenizer.load(tmp_path)
+
+
+def test_tokenizer_without_eos_is_refused(tmp_path):
+  bpe = Tokenizer.train_byte_level_bpe(TEXTS, 270)
+  bpe.save(tmp_path)
+  config = json.loads((tmp_path / "tokenizer_config.json").read_text())
+  config["eos_token"] = None
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+  with pytest.raises(TokenizerError, match="no end-of-sequence token"):
+    Tokenizer.load(tmp_path)
+
+
+def test_gpt2_gives_the_published_ids(data_dir, tmp_path):
+  source = data_dir / "gpt2_bpe"
+  (tmp_path / "vocab.json").write_bytes((source / "encoder.json").read_bytes())
+  (tmp_path / "merges.txt").write_bytes((source / "vocab.bpe").read_bytes())
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+      "tokenizer_class": "GPT2Tokenizer", "eos_token": "<|endoftext|>",
+      "bos_token": "<|endoftext|>",
+  }))
+  tokenizer = Tokenizer.from_pretrained_folder(tmp_path)
+  assert tokenizer.encode("Hello world") == [15496, 995]
+  assert tokenizer.eos_id == 50256 and tokenizer.pad_id != 50256
+  assert tokenizer.vocab_size == 50257
+
+
+def test_stories_tokenizer(data_dir):
+  tokenizer = Tokenizer.from_sentencepiece(
+      data_dir / "stories260K" / "tok512.model"
+  )
+  assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+  assert tokenizer.vocab_size == 512
+  assert tokenizer.encode("Once upon a time") == [403, 407, 261, 378]
+  stories = (data_dir / "tinystories_fragment" / "tiny_stories.txt").read_text()
+  rows = tokenizer.encode_batch(stories.split("\n"))
+  assert "\n".join(tokenizer.decode_batch(rows)) == stories

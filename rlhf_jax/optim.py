@@ -93,7 +93,7 @@ def schedule_shape(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def _is_decayed(path, _) -> bool:
   # By name and not by rank: layers are stacked, so that a norm's scale is a
   # matrix too.
-  return path[-1].key in ("kernel", "embedding")
+  return path[-1].key.endswith(("kernel", "embedding"))
 
 
 def make_optimizer(

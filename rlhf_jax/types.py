@@ -108,16 +108,28 @@ class Rollout:
 
 
 @pytree_dataclass
+class ScoreNormalization:
+  """score = gain * raw score + bias, fitted once on a reference policy."""
+
+  gain: Float[Array, ""]
+  bias: Float[Array, ""]
+
+
+@pytree_dataclass
 class ScoredRollout:
   """A rollout with everything that a policy update needs of it.
 
-  score: what the reward model (or rule) said of each completion, once.
+  score: what the reward model (or rule) said of each completion, once, after
+    the rule for completions that never ended.
+  old_logprobs: the policy's log-probs before the update, from the very forward
+    pass that the update differentiates, so that the first ratio is 1.
   kl: per-token estimate of KL(policy || ref_policy) under the chosen estimator.
   rewards: per token, after the KL penalty.
   """
 
   rollout: Rollout
   score: Float[Array, "B"]
+  old_logprobs: Float[Array, "B C"]
   ref_logprobs: Float[Array, "B C"]
   values: Float[Array, "B C"]
   kl: Float[Array, "B C"]

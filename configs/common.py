@@ -1,0 +1,118 @@
+"""Sections that configs share, each with all of its fields.
+
+Configs are data: they import ml_collections and one another, compute numbers,
+and nothing else.
+"""
+
+from ml_collections import ConfigDict
+
+ASSISTANT = "world:assistant"
+
+# Mini-arguments that every stage of the embedded domain understands.
+FULL, SMOKE = "full", "smoke"
+
+
+def check_arg(arg: str, *known: str) -> None:
+  """Refuses a mini-argument that the config does not know."""
+  if arg not in known:
+    raise ValueError(f"mini-argument {arg!r} is none of {', '.join(known)}")
+
+
+def source(name: str, limit: int = 0, on_error: str = "raise") -> ConfigDict:
+  """Where records come from; limit 0 takes them all."""
+  return ConfigDict(dict(source=name, limit=limit, on_error=on_error))
+
+
+def optimizer(learning_rate: float, **changes) -> ConfigDict:
+  """AdamW with a constant learning rate, unless changed."""
+  cfg = ConfigDict(
+      dict(
+          learning_rate=learning_rate,
+          schedule="constant",
+          warmup_steps=0,
+          final_fraction=0.0,
+          b1=0.9,
+          b2=0.999,
+          epsilon=1e-8,
+          epsilon_placement="optax",
+          weight_decay=0.0,
+          max_grad_norm=1.0,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
+def loop(num_steps: int, **changes) -> ConfigDict:
+  """Logs 20 times, evaluates 4 times and saves twice, unless changed."""
+  log_every = max(num_steps // 20, 1)
+  cfg = ConfigDict(
+      dict(
+          num_steps=num_steps,
+          log_every=log_every,
+          eval_every=max(num_steps // 4, 1),
+          checkpoint_every=max(num_steps // 2 // log_every, 1) * log_every,
+          keep_checkpoints=2,
+          best_metric="",
+          best_mode="max",
+          max_nonfinite_steps=5,
+          tensorboard=True,
+          wandb=False,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
+def samples(
+    max_prompt_length: int, max_completion_length: int, **changes
+) -> ConfigDict:
+  """How completions are drawn."""
+  cfg = ConfigDict(
+      dict(
+          max_prompt_length=max_prompt_length,
+          max_completion_length=max_completion_length,
+          temperature=1.0,
+          stop_tokens=(),
+          stop_after=0,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
+def assistant_samples() -> ConfigDict:
+  """Lengths that hold the embedded domain's requests and answers."""
+  return samples(max_prompt_length=24, max_completion_length=40)
+
+
+def llama_like(
+    vocab_size: int, num_layers: int, width: int, num_heads: int, **changes
+) -> ConfigDict:
+  """A decoder of Llama's shape."""
+  cfg = ConfigDict(
+      dict(
+          vocab_size=vocab_size,
+          num_layers=num_layers,
+          width=width,
+          num_heads=num_heads,
+          num_kv_heads=num_heads,
+          head_dim=width // num_heads,
+          # 8/3 of the width, rounded to a multiple of 32.
+          ff_dim=-(-8 * width // 3 // 32) * 32,
+          max_length=128,
+          position="rotary",
+          norm="rmsnorm",
+          activation="swiglu",
+          use_bias=False,
+          tie_head=True,
+          norm_epsilon=1e-5,
+          rope_theta=10_000.0,
+          dtype="float32",
+          param_dtype="float32",
+          remat=False,
+          scan_unroll=1,
+      )
+  )
+  cfg.update(changes)
+  return cfg

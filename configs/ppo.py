@@ -1,0 +1,69 @@
+"""Improves the embedded domain's policy by PPO.
+
+    python -m experiments.ppo --config=configs/ppo.py --workdir=runs/first/ppo
+
+Needs `runs/first/{sft,reward}`, as configs/rlhf.py leaves them.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = common.FULL) -> ConfigDict:
+  """full, or smoke: in seconds; hacking: no KL penalty and long."""
+  common.check_arg(arg, common.FULL, common.SMOKE, "hacking")
+  smoke, hacking = arg == common.SMOKE, arg == "hacking"
+  num_iterations = 4 if smoke else 240 if hacking else 60
+  return ConfigDict(
+      dict(
+          seed=0,
+          init_from="runs/first/sft",
+          ref_policy="",
+          reward_model="runs/first/reward",
+          value_network="separate",
+          value_init="reward_model",
+          prompts=common.source(common.ASSISTANT, 64 if smoke else 4_000),
+          heldout_prompts=common.source(
+              common.ASSISTANT, 32 if smoke else 128
+          ),
+          rollout_batch_size=32 if smoke else 128,
+          num_devices=1,
+          ptx_documents=common.source(""),
+          ptx_batch_size=0,
+          ptx_seq_len=0,
+          optimizer=common.optimizer(3e-4, schedule="linear", epsilon=1e-5),
+          ppo=dict(
+              temperature=1.0,
+              kl_estimator="k1",
+              kl_controller="fixed" if hacking else "adaptive",
+              kl_coef=0.0 if hacking else 0.1,
+              kl_target=6.0,
+              kl_horizon=2_000.0,
+              replace_missing_eos=True,
+              missing_eos_score=-1.0,
+              whiten_rewards=False,
+              whiten_advantages=True,
+              gamma=1.0,
+              gae_lambda=0.95,
+              cliprange=0.2,
+              cliprange_value=0.2,
+              vf_coef=0.1,
+              entropy_coef=0.0,
+              ptx_coef=0.0,
+              max_update_kl=float("inf"),
+              num_epochs=4,
+              num_minibatches=1,
+              num_microbatches=1,
+          ),
+          loop=common.loop(
+              num_iterations,
+              log_every=1,
+              eval_every=max(num_iterations // 12, 1),
+              checkpoint_every=max(num_iterations // 4, 1),
+          ),
+          samples=common.assistant_samples(),
+          judge=common.ASSISTANT,
+          num_logged_samples=12,
+      )
+  )

@@ -1,0 +1,32 @@
+"""Has the embedded domain's annotators compare completions of the SFT policy.
+
+    python -m experiments.preferences --config=configs/preferences.py \
+        --workdir=runs/first/preferences
+
+Needs `runs/first/sft`, as configs/rlhf.py leaves it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = common.FULL) -> ConfigDict:
+  """full, or smoke: in seconds; ranking has them rank 4 instead."""
+  common.check_arg(arg, common.FULL, common.SMOKE, "ranking")
+  smoke = arg == common.SMOKE
+  return ConfigDict(
+      dict(
+          seed=0,
+          init_from="runs/first/sft",
+          prompts=common.source(common.ASSISTANT, 64 if smoke else 2_000),
+          heldout_prompts=common.source(
+              common.ASSISTANT, 32 if smoke else 400
+          ),
+          annotators=common.ASSISTANT,
+          kind="ranking" if arg == "ranking" else "comparison",
+          num_completions=4,
+          samples=common.assistant_samples(),
+          batch_size=64 if smoke else 400,
+      )
+  )

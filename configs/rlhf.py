@@ -1,0 +1,44 @@
+"""The whole pipeline on the embedded domain.
+
+    python -m experiments.rlhf --config=configs/rlhf.py --workdir=runs/first
+
+:smoke runs every stage in about a minute and learns nothing; :hacking takes the
+KL penalty away and trains for longer, so that the policy learns to please the
+reward model and not the truth.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common, evaluate, ppo, preferences, pretrain, reward, sft
+
+
+def get_config(arg: str = common.FULL) -> ConfigDict:
+  """full, smoke or hacking."""
+  common.check_arg(arg, common.FULL, common.SMOKE, "hacking")
+  size = common.SMOKE if arg == common.SMOKE else common.FULL
+  config = ConfigDict(
+      dict(
+          pretrain=pretrain.get_config(size),
+          sft=sft.get_config(size),
+          preferences=preferences.get_config(size),
+          reward=reward.get_config(size),
+          ppo=ppo.get_config(arg),
+          evaluate=evaluate.get_config(size),
+      )
+  )
+  config = ConfigDict(_in_run(config.to_dict()))
+  if arg == "hacking":
+    config.evaluate.kl_target = 0.0
+  config.judge = None
+  return config
+
+
+def _in_run(value):
+  """Places in runs/first, made into places in whichever run this is."""
+  if isinstance(value, dict):
+    return {name: _in_run(item) for name, item in value.items()}
+  if isinstance(value, tuple):
+    return tuple(_in_run(item) for item in value)
+  if isinstance(value, str):
+    return value.replace("runs/first/", "@run/")
+  return value

@@ -1,0 +1,46 @@
+"""Fine-tunes the embedded domain's base model on demonstrations.
+
+    python -m experiments.sft --config=configs/sft.py --workdir=runs/first/sft
+
+Needs `runs/first/pretrain`, as configs/rlhf.py leaves it.
+"""
+
+from ml_collections import ConfigDict
+
+from configs import common
+
+
+def get_config(arg: str = common.FULL) -> ConfigDict:
+  """full, or smoke: in seconds."""
+  common.check_arg(arg, common.FULL, common.SMOKE)
+  smoke = arg == common.SMOKE
+  return ConfigDict(
+      dict(
+          init_from="runs/first/pretrain",
+          demonstrations=common.source(
+              common.ASSISTANT, 400 if smoke else 12_000
+          ),
+          heldout_demonstrations=common.source(
+              common.ASSISTANT, 100 if smoke else 600
+          ),
+          train_on_prompt=False,
+          too_long="drop",
+          train=dict(
+              seed=0,
+              batch_size=16 if smoke else 32,
+              seq_len=128,
+              num_devices=1,
+              optimizer=common.optimizer(
+                  1e-3,
+                  schedule="cosine",
+                  warmup_steps=2 if smoke else 10,
+                  final_fraction=0.1,
+                  b2=0.98,
+              ),
+              update=dict(z_loss_coef=0.0, num_microbatches=1),
+              loop=common.loop(8 if smoke else 160, best_mode="min"),
+              samples=common.assistant_samples(),
+              sample_prompts=common.source(common.ASSISTANT, 12),
+          ),
+      )
+  )

@@ -1,0 +1,180 @@
+"""Compares policies on the same held-out prompts.
+
+    python -m experiments.evaluate --config=configs/evaluate.py --workdir=DIR
+
+Every policy completes every prompt with the same random numbers. Written:
+
+    DIR/evaluation.json     means with 95% intervals, win rates
+    DIR/completions.jsonl   every completion with what was said of it
+"""
+
+import dataclasses
+from typing import Any
+
+from absl import logging
+import numpy as np
+
+from experiments.harness import cli, evaluator, models, sources, stage
+from rlhf_jax.evaluation import intervals, win_rate
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """policies: 'name=place' each, in the order in which they are shown.
+
+  ref_policy: the name of the one that KL is measured from, or ''.
+  reward_model: a place, for the proxy score, or ''.
+  judge: says what is true, see `harness/evaluator.py`, or ''.
+  kl_target: is shown beside the KL; 0 if there was none.
+  """
+
+  seed: int
+  policies: tuple[str, ...]
+  ref_policy: str
+  reward_model: str
+  judge: str
+  prompts: sources.SourceConfig
+  samples: evaluator.SampleConfig
+  batch_size: int
+  kl_target: float
+
+  def __post_init__(self):
+    for item in self.policies:
+      if "=" not in item:
+        raise ValueError(f"policies: {item!r} is not 'name=place'")
+    if self.ref_policy and self.ref_policy not in self.places:
+      raise ValueError(
+          f"ref_policy={self.ref_policy!r} is none of the policies "
+          f"{', '.join(self.places)}"
+      )
+
+  @property
+  def places(self) -> dict[str, str]:
+    """name -> place."""
+    return dict(item.split("=", 1) for item in self.policies)
+
+
+def run(config: Config, workdir: str) -> None:
+  """Runs the stage."""
+  out = stage.Stage(workdir, config)
+  if out.finished:
+    return
+  rows = complete(config, sources.Reader(config.seed, out.dir / "skipped"))
+  stage.write_jsonl(
+      out.dir / "completions.jsonl",
+      [
+          {**row, "policy": name}
+          for name, mine in rows.items()
+          for row in mine
+      ],
+  )
+  evaluation = summarise(config, rows)
+  stage.write_json(out.dir / "evaluation.json", evaluation)
+  for name, numbers in evaluation["policies"].items():
+    logging.info(
+        "evaluate: %s: %s",
+        name,
+        ", ".join(
+            f"{k} {v['mean']:.3f}" for k, v in numbers.items() if "mean" in v
+        ),
+    )
+  out.finish({"num_prompts": evaluation["num_prompts"]})
+
+
+def complete(
+    config: Config, reader: sources.Reader
+) -> dict[str, list[dict[str, Any]]]:
+  """Each policy's rows, in the order of the prompts."""
+  prompts = reader.prompts(config.prompts, "heldout")
+  policies = {
+      name: models.load_policy(place) for name, place in config.places.items()
+  }
+  judge = evaluator.make_judge(config.judge)
+  reward_fn = (
+      evaluator.make_reward_fn(models.load_reward_model(config.reward_model))
+      if config.reward_model
+      else None
+  )
+  rows = {}
+  for name, policy in policies.items():
+    sampler = evaluator.Evaluator(
+        policy.config,
+        policy.tokenizer,
+        evaluator.encode_prompts(
+            prompts, policy.tokenizer, config.samples.max_prompt_length
+        ),
+        config.samples.sampling(policy.tokenizer),
+        ref_policy=policies.get(config.ref_policy),
+        reward_fn=reward_fn,
+        judge=judge,
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
+    rows[name] = sampler.rows(policy.params)
+  return rows
+
+
+def summarise(
+    config: Config, rows: dict[str, list[dict[str, Any]]]
+) -> dict[str, Any]:
+  """Means over prompts with bootstrap intervals, and paired win rates."""
+  names = list(rows)
+  judged = "true_reward" in rows[names[0]][0]
+  return {
+      "judge": config.judge,
+      "num_prompts": len(rows[names[0]]),
+      "kl_target": config.kl_target or None,
+      "policies": {
+          name: _summary(mine, config.seed) for name, mine in rows.items()
+      },
+      "win_rates": [
+          _win_rate(rows, policy, baseline)
+          for i, policy in enumerate(names)
+          for baseline in names[:i]
+          if judged
+      ],
+  }
+
+
+def _summary(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
+  interval = lambda values: dataclasses.asdict(
+      intervals.bootstrap_interval(np.asarray(values, float), seed=seed)
+  )
+  summary = {
+      name: interval([row[name] for row in rows])
+      for name in evaluator.NUMBERS
+      if name in rows[0]
+  }
+  if "family" in rows[0]:
+    families = sorted({row["family"] for row in rows})
+    summary["families"] = {
+        family: interval(
+            [row["true_reward"] for row in rows if row["family"] == family]
+        )
+        for family in families
+    }
+    parts = sorted({part for row in rows for part in row["parts"]})
+    summary["parts"] = {
+        part: float(
+            np.mean([row["parts"][part] for row in rows if part in row["parts"]])
+        )
+        for part in parts
+    }
+  return summary
+
+
+def _win_rate(rows, policy: str, baseline: str) -> dict[str, Any]:
+  said = lambda name: np.asarray([row["true_reward"] for row in rows[name]])
+  result = win_rate.win_rate(said(policy), said(baseline))
+  interval = result.pop("interval")
+  return {
+      "policy": policy,
+      "baseline": baseline,
+      **result,
+      "low": interval.low,
+      "high": interval.high,
+  }
+
+
+if __name__ == "__main__":
+  cli.launch(Config, run)

@@ -1,0 +1,278 @@
+"""Samples a policy on fixed prompts and measures what comes out.
+
+The evaluator sees the true reward, or whatever judges; no training step does.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness import models, sources
+from rlhf_jax.data import encoding
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.evaluation import policy_kl
+from rlhf_jax.generation import decode
+from rlhf_jax.generation.decode import SamplingConfig
+from rlhf_jax.models import functions, heads
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.rewards import reward_model
+from rlhf_jax.rewards.episodes import Episodes, RewardFn
+from rlhf_jax.types import PromptBatch, Rollout
+from rlhf_jax.worlds import assistant
+
+# What a judge says of one completion: 'true_reward' and whatever else it knows.
+Judge = Callable[[Episodes], list[dict[str, Any]]]
+
+REWARD_MODEL = "reward_model:"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SampleConfig:
+  """How completions are drawn.
+
+  temperature: of the sampling distribution.
+  stop_tokens: texts of one token each that end a completion, as the end token
+    does, from completion token `stop_after` on.
+  """
+
+  max_prompt_length: int
+  max_completion_length: int
+  temperature: float
+  stop_tokens: tuple[str, ...]
+  stop_after: int
+
+  def sampling(self, tokenizer: Tokenizer) -> SamplingConfig:
+    """The library's config, with ids for texts.
+
+    Raises:
+      ValueError: if a stop text is not one token.
+    """
+    stop_ids = []
+    for text in self.stop_tokens:
+      ids = tokenizer.encode(text, continues=True)
+      if len(ids) != 1:
+        raise ValueError(
+            f"stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer, and "
+            "must be one"
+        )
+      stop_ids.append(ids[0])
+    return SamplingConfig(
+        max_new_tokens=self.max_completion_length,
+        temperature=self.temperature,
+        eos_id=tokenizer.eos_id,
+        stop_ids=tuple(stop_ids),
+        stop_after=self.stop_after,
+        pad_id=tokenizer.pad_id,
+    )
+
+
+def sample_all(
+    generate: Callable[..., Rollout],
+    params: Any,
+    prompts: PromptBatch,
+    sampling: SamplingConfig,
+    rng: jax.Array,
+    batch_size: int,
+) -> Rollout:
+  """Completes every prompt, `batch_size` at a time; numpy arrays.
+
+  Each row's randomness is that of its place in `prompts`, so the batch size
+  changes nothing.
+  """
+  num = prompts.prompts.shape[0]
+  parts = []
+  for start in range(0, num, batch_size):
+    # The last batch is filled up with its first rows: one program serves all.
+    rows = np.arange(start, start + batch_size) % num
+    rollout = generate(
+        params,
+        prompts.prompts[rows],
+        prompts.prompt_mask[rows],
+        rng,
+        sampling,
+        jnp.asarray(rows, jnp.int32),
+    )
+    keep = min(batch_size, num - start)
+    parts.append(jax.tree.map(lambda x: x[:keep], jax.device_get(rollout)))
+  return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
+
+
+def make_world_judge() -> Judge:
+  """The assistant world's true reward, itemised."""
+
+  def judge(episodes):
+    rows = []
+    for prompt, completion in zip(episodes.prompts, episodes.completions):
+      reward = assistant.true_reward(prompt, completion)
+      rows.append({
+          "true_reward": reward.total,
+          "family": reward.family,
+          "parts": dict(reward.parts),
+          "flattery": assistant.flattery_count(completion),
+      })
+    return rows
+
+  return judge
+
+
+def make_judge(name: str) -> Judge | None:
+  """The judge that a config names: 'world:assistant', 'reward_model:PLACE', ''."""
+  if not name:
+    return None
+  if name == sources.ASSISTANT:
+    return make_world_judge()
+  if name.startswith(REWARD_MODEL):
+    score = make_reward_fn(
+        models.load_reward_model(name.removeprefix(REWARD_MODEL))
+    )
+    return lambda episodes: [
+        {"true_reward": float(x)} for x in np.asarray(score(episodes))
+    ]
+  raise ValueError(
+      f"judge {name!r} is neither {sources.ASSISTANT!r} nor "
+      f"'{REWARD_MODEL}PLACE' nor ''"
+  )
+
+
+def make_reward_fn(model: models.RewardModel) -> RewardFn:
+  """The reward function of a loaded reward model."""
+  return reward_model.make_reward_model(
+      model.config, model.params, model.normalization, model.tokenizer
+  )
+
+
+class Evaluator:
+  """Samples policies of one shape and tokenizer on fixed prompts.
+
+  Args:
+    ref_policy: what KL is measured from, or None; same tokenizer.
+    reward_fn: the proxy score, or None.
+    judge: the truth, or None.
+    seed: of the sampling; the same at every call, so that two policies differ
+      by what they are and not by luck.
+  """
+
+  def __init__(
+      self,
+      policy_config: TransformerConfig,
+      tokenizer: Tokenizer,
+      prompts: PromptBatch,
+      sampling: SamplingConfig,
+      *,
+      ref_policy: models.Policy | None = None,
+      reward_fn: RewardFn | None = None,
+      judge: Judge | None = None,
+      seed: int,
+      batch_size: int,
+  ):
+    self._tokenizer, self._prompts, self._sampling = (
+        tokenizer,
+        prompts,
+        sampling,
+    )
+    self._reward_fn, self._judge, self._ref_policy = (
+        reward_fn,
+        judge,
+        ref_policy,
+    )
+    self._rng = jax.random.key(seed)
+    self._batch_size = min(batch_size, prompts.prompts.shape[0])
+    self._generate = jax.jit(
+        decode.make_generate(heads.LanguageModel(policy_config))
+    )
+    if ref_policy is not None:
+      self._kl = jax.jit(
+          policy_kl.make_episode_kl(
+              functions.make_logits_fn(policy_config),
+              functions.make_logits_fn(ref_policy.config),
+          )
+      )
+
+  def rows(self, params: Any) -> list[dict[str, Any]]:
+    """One row a prompt: texts, lengths, and what each judge said."""
+    whole = sample_all(
+        self._generate,
+        params,
+        self._prompts,
+        self._sampling,
+        self._rng,
+        self._batch_size,
+    )
+    rows = []
+    for start in range(0, whole.ended.shape[0], self._batch_size):
+      part = jax.tree.map(
+          lambda x: _filled(x, start, self._batch_size), whole
+      )
+      keep = min(self._batch_size, whole.ended.shape[0] - start)
+      rows.extend(self._measure(params, part)[:keep])
+    return rows
+
+  def _measure(self, params, rollout: Rollout) -> list[dict[str, Any]]:
+    episodes = Episodes(rollout, self._tokenizer)
+    rows = [
+        {
+            "prompt": prompt,
+            "completion": completion,
+            "completion_length": int(length),
+            "ended": bool(ended),
+        }
+        for prompt, completion, length, ended in zip(
+            episodes.prompts,
+            episodes.completions,
+            rollout.completion_mask.sum(axis=1),
+            rollout.ended,
+        )
+    ]
+    if self._judge is not None:
+      for row, said in zip(rows, self._judge(episodes)):
+        row.update(said)
+    if self._reward_fn is not None:
+      for row, score in zip(rows, np.asarray(self._reward_fn(episodes))):
+        row["score"] = float(score)
+    if self._ref_policy is not None:
+      kl = self._kl(
+          params,
+          self._ref_policy.params,
+          rollout,
+          jnp.float32(self._sampling.temperature),
+      )
+      for row, value in zip(rows, np.asarray(kl)):
+        row["kl"] = float(value)
+    return rows
+
+
+def _filled(x: np.ndarray, start: int, size: int) -> np.ndarray:
+  return x[np.arange(start, start + size) % x.shape[0]]
+
+
+NUMBERS = (
+    "true_reward",
+    "score",
+    "kl",
+    "completion_length",
+    "ended",
+    "flattery",
+)
+
+
+def averages(rows: list[dict[str, Any]]) -> dict[str, float]:
+  """'eval/<number>': the mean over rows of each number that the rows have."""
+  return {
+      f"eval/{name}": float(np.mean([row[name] for row in rows]))
+      for name in NUMBERS
+      if name in rows[0]
+  }
+
+
+def encode_prompts(
+    prompts: list, tokenizer: Tokenizer, max_length: int
+) -> PromptBatch:
+  """Left-padded prompts; one that is too long is an error."""
+  batch, _ = encoding.encode_prompts(
+      prompts, tokenizer, max_prompt_length=max_length, policy="error"
+  )
+  return batch

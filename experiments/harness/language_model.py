@@ -1,0 +1,200 @@
+"""Training a language model on packed text: pretraining and fine-tuning alike.
+
+The two stages differ in where their examples come from and where the params
+start; this is what they share.
+"""
+
+import dataclasses
+import functools
+from typing import Any
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness import evaluator, loop, models, sources, stage
+from rlhf_jax import metrics as metrics_lib, optim, sharding
+from rlhf_jax.data import packing, pipeline
+from rlhf_jax.models import functions
+from rlhf_jax.train_state import create_train_state
+from rlhf_jax.types import LMBatch
+from rlhf_jax.updates import sft
+
+_METRIC_PREFIX = "sft/"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LanguageModelConfig:
+  """What both stages need beside their data.
+
+  batch_size: packed rows a step, over all devices; seq_len: tokens a row.
+  num_devices: the batch is split over so many, -1 for all.
+  samples: completions of fixed prompts at every evaluation, so that people can
+    see what the model has become; sample_prompts says of which.
+  """
+
+  seed: int
+  batch_size: int
+  seq_len: int
+  num_devices: int
+  optimizer: optim.OptimizerConfig
+  update: sft.SFTConfig
+  loop: loop.LoopConfig
+  samples: evaluator.SampleConfig
+  sample_prompts: sources.SourceConfig
+
+  def __post_init__(self):
+    check_divides(
+        self.batch_size, self.update.num_microbatches, self.num_devices
+    )
+
+
+def check_divides(
+    batch_size: int, num_parts: int, num_devices: int
+) -> None:
+  """Checks that a batch splits into parts and each part over the devices.
+
+  Raises:
+    ValueError: with the numbers.
+  """
+  if num_devices == -1:
+    num_devices = jax.device_count()
+  if batch_size < 1 or num_parts < 1 or num_devices < 1:
+    raise ValueError(
+        f"batch_size={batch_size}, its number of parts ({num_parts}) and "
+        f"num_devices={num_devices} must be positive"
+    )
+  if batch_size % (num_parts * num_devices):
+    raise ValueError(
+        f"batch_size={batch_size} does not divide into {num_parts} parts "
+        f"(minibatches x microbatches) on {num_devices} devices: it must be a "
+        f"multiple of {num_parts * num_devices}"
+    )
+
+
+def train(
+    name: str,
+    out: stage.Stage,
+    cfg: LanguageModelConfig,
+    policy: models.Policy,
+    examples: dict[str, list[packing.Example]],
+) -> models.Policy:
+  """Trains `policy` on examples['train'], evaluates on examples['heldout'].
+
+  Saves the result in the stage's folder and marks the stage as finished.
+  """
+  _check_fits(cfg, policy)
+  tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.num_devices)
+  pack = functools.partial(
+      packing.pack, length=cfg.seq_len, pad_id=tokenizer.pad_id
+  )
+  rows, heldout = pack(examples["train"]), pack(examples["heldout"])
+  logging.info(
+      "%s: %d examples packed into %d rows of %d tokens, %.1f%% filled",
+      name,
+      len(examples["train"]),
+      len(rows.tokens),
+      cfg.seq_len,
+      100 * (rows.segment_ids > 0).mean(),
+  )
+  tx = optim.make_optimizer(cfg.optimizer, cfg.loop.num_steps)
+  logits_fn = functions.make_logits_fn(policy.config)
+  update = jax.jit(sft.make_sft_update(logits_fn, tx), donate_argnums=0)
+  state = create_train_state(
+      sharding.replicate(policy.params, mesh), tx, jax.random.key(cfg.seed)
+  )
+
+  def step(state, batch):
+    batch = sharding.shard_rows(batch, mesh)
+    state, metrics = update(state, batch, cfg.update)
+    return state, _renamed(metrics, name), batch
+
+  prompts = sources.Reader(cfg.seed, out.dir / "skipped").prompts(
+      cfg.sample_prompts, "heldout"
+  )
+  sampler = evaluator.Evaluator(
+      policy.config,
+      tokenizer,
+      evaluator.encode_prompts(
+          prompts, tokenizer, cfg.samples.max_prompt_length
+      ),
+      cfg.samples.sampling(tokenizer),
+      seed=cfg.seed,
+      batch_size=len(prompts),
+  )
+  heldout_loss = make_heldout_loss(logits_fn, heldout, cfg)
+  task = loop.Task(
+      name=name,
+      state=sharding.replicate(state, mesh),
+      step=step,
+      batches=iter(
+          pipeline.make_dataset(
+              rows, batch_size=cfg.batch_size, seed=cfg.seed
+          )
+      ),
+      evaluate=lambda state: (
+          heldout_loss(state.params),
+          sampler.rows(state.params),
+      ),
+      skipped_steps=lambda state: state.skipped_steps,
+  )
+  state = loop.run_loop(
+      task, cfg.loop, workdir=str(out.dir), config=out.config
+  )
+  trained = dataclasses.replace(policy, params=jax.device_get(state.params))
+  models.save_policy(out.dir, trained)
+  out.finish(heldout_loss(state.params))
+  return trained
+
+
+def make_heldout_loss(logits_fn, heldout: LMBatch, cfg: LanguageModelConfig):
+  """Returns params -> {'eval/loss', 'eval/token_accuracy'} over all rows."""
+
+  @jax.jit
+  def measure(params, batch):
+    one = jnp.ones((), jnp.float32)
+    return sft.sft_objective(params, batch, logits_fn, cfg.update, one)[1]
+
+  batches = list(padded_batches(heldout, cfg.batch_size))
+
+  def heldout_loss(params: Any) -> dict[str, float]:
+    total: metrics_lib.Metrics = {}
+    for batch in batches:
+      total = metrics_lib.add(total, measure(params, batch))
+    return metrics_lib.compute(_renamed(total, "eval"))
+
+  return heldout_loss
+
+
+def padded_batches(rows: LMBatch, batch_size: int):
+  """Batches of all rows; the last is filled up with rows that count nothing."""
+  num_rows = rows.tokens.shape[0]
+  for start in range(0, num_rows, batch_size):
+    part = jax.tree.map(lambda x: x[start : start + batch_size], rows)
+    missing = batch_size - part.tokens.shape[0]
+    yield jax.tree.map(
+        lambda x: np.pad(x, ((0, missing), (0, 0))), part
+    )
+
+
+def _renamed(metrics: metrics_lib.Metrics, stage_name: str):
+  return {
+      f"{stage_name}/{name.removeprefix(_METRIC_PREFIX)}"
+      if name.startswith(_METRIC_PREFIX)
+      else name: metric
+      for name, metric in metrics.items()
+  }
+
+
+def _check_fits(cfg: LanguageModelConfig, policy: models.Policy) -> None:
+  longest = max(
+      cfg.seq_len,
+      cfg.samples.max_prompt_length + cfg.samples.max_completion_length,
+  )
+  if longest > policy.config.max_length:
+    raise ValueError(
+        f"rows of {longest} tokens (seq_len, or the samples' prompt and "
+        f"completion) do not fit the model's max_length="
+        f"{policy.config.max_length}"
+    )

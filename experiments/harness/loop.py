@@ -1,0 +1,264 @@
+"""The one training loop: resume, step, log, evaluate, save, guard.
+
+  1. Restore: the newest whole checkpoint of this workdir, if there is one; the
+     metric files are cut back to its step, the data iterator set to it.
+  2. Step: while one step runs on the device, the metrics of the one before it
+     are fetched.
+  3. Guard: a step whose loss or gradient was not finite changed nothing; its
+     batch is saved, and after `max_nonfinite_steps` in a row the run stops and
+     names the tensor.
+  4. Log every `log_every` steps, evaluate every `eval_every` (and at step 0),
+     save every `checkpoint_every` and at the end.
+
+A stage gives it `step(state, batch) -> (state, metrics, evidence)`, where
+`evidence` is the pytree of arrays worth saving should the step go wrong, and
+`evaluate(state) -> (numbers, sample rows)`.
+"""
+
+from collections.abc import Callable
+import dataclasses
+import pathlib
+import sys
+import time
+from typing import Any, Literal
+
+from absl import logging
+import jax
+import numpy as np
+import tqdm
+
+from experiments.harness.metric_writer import MetricWriter
+from rlhf_jax import checkpoint, metrics as metrics_lib
+from rlhf_jax.updates.gradient import NONFINITE
+
+
+class NonFiniteError(RuntimeError):
+  """Training stopped because losses or gradients were NaN or infinite."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+  """How long, and how often what. All in steps (PPO: in iterations).
+
+  best_metric: the evaluation's number by which the best checkpoint is kept,
+    '' to keep none.
+  max_nonfinite_steps: the run stops at so many in a row.
+  """
+
+  num_steps: int
+  log_every: int
+  eval_every: int
+  checkpoint_every: int
+  keep_checkpoints: int
+  best_metric: str
+  best_mode: Literal["min", "max"]
+  max_nonfinite_steps: int
+  tensorboard: bool
+  wandb: bool
+
+  def __post_init__(self):
+    for name in (
+        "num_steps",
+        "log_every",
+        "eval_every",
+        "checkpoint_every",
+        "keep_checkpoints",
+        "max_nonfinite_steps",
+    ):
+      if getattr(self, name) < 1:
+        raise ValueError(f"{name} must be at least 1: {getattr(self, name)}")
+    # Averages that span a checkpoint would not survive a kill.
+    if self.checkpoint_every % self.log_every:
+      raise ValueError(
+          f"checkpoint_every={self.checkpoint_every} must be a multiple of "
+          f"log_every={self.log_every}"
+      )
+    if self.best_metric and self.checkpoint_every % self.eval_every:
+      raise ValueError(
+          f"checkpoint_every={self.checkpoint_every} must be a multiple of "
+          f"eval_every={self.eval_every} for best_metric={self.best_metric!r} "
+          "to be known when a checkpoint is saved"
+      )
+
+
+@dataclasses.dataclass
+class Task:
+  """What a stage hands to the loop; see the module's docstring.
+
+  batches: an iterator with get_state() and set_state().
+  """
+
+  name: str
+  state: Any
+  step: Callable[[Any, Any], tuple[Any, metrics_lib.Metrics, Any]]
+  batches: Any
+  evaluate: Callable[[Any], tuple[dict[str, float], list[dict]]]
+  skipped_steps: Callable[[Any], Any]
+
+
+def run_loop(
+    task: Task, cfg: LoopConfig, *, workdir: str, config: dict
+) -> Any:
+  """Trains to `cfg.num_steps` and returns the final state.
+
+  Args:
+    config: the stage's whole config; a checkpoint of another one is refused.
+
+  Raises:
+    checkpoint.ConfigMismatch: if the workdir holds a run of another config.
+    NonFiniteError: after too many steps in a row that were not finite.
+  """
+  writer = MetricWriter(
+      workdir, tensorboard=cfg.tensorboard, wandb=cfg.wandb
+  )
+  checkpointer = checkpoint.Checkpointer(
+      pathlib.Path(workdir) / "checkpoints",
+      keep_last=cfg.keep_checkpoints,
+      best_metric=cfg.best_metric or None,
+      best_mode=cfg.best_mode,
+      config=config,
+  )
+  try:
+    start = _restore(task, checkpointer, writer)
+    _Loop(task, cfg, workdir, writer, checkpointer).run(start)
+    checkpointer.wait()
+  finally:
+    checkpointer.close()
+    writer.close()
+  return task.state
+
+
+def _restore(task: Task, checkpointer, writer: MetricWriter) -> int:
+  abstract = jax.tree.map(
+      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
+      task.state,
+  )
+  restored = checkpointer.restore_latest(abstract)
+  if restored is None:
+    writer.truncate_after(-1)
+    return 0
+  step, task.state, iterator_state = restored
+  task.batches.set_state(iterator_state)
+  writer.truncate_after(step)
+  logging.info("%s: resumed at step %d", task.name, step)
+  return step
+
+
+class _Loop:
+  """The loop's running parts, together only so that methods can share them."""
+
+  def __init__(self, task, cfg, workdir, writer, checkpointer):
+    self.task, self.cfg, self.workdir = task, cfg, pathlib.Path(workdir)
+    self.writer, self.checkpointer = writer, checkpointer
+    self.pending = None
+    self.totals: metrics_lib.Metrics = {}
+    self.evaluation: dict[str, float] = {}
+
+  def run(self, start: int) -> None:
+    if start == 0:
+      self._evaluate(0)
+    steps = tqdm.tqdm(
+        range(start + 1, self.cfg.num_steps + 1),
+        initial=start,
+        total=self.cfg.num_steps,
+        desc=self.task.name,
+        file=sys.stderr,
+        mininterval=1.0 if sys.stderr.isatty() else 15.0,
+        dynamic_ncols=True,
+    )
+    clock, clock_step = time.monotonic(), start
+    for step in steps:
+      batch = next(self.task.batches)
+      self.task.state, metrics, evidence = self.task.step(
+          self.task.state, batch
+      )
+      # A copy: the state is donated to the next step before this is read.
+      skipped = self.task.skipped_steps(self.task.state) + 0
+      self._flush()
+      self.pending = (step, metrics, skipped, evidence)
+      if step % self.cfg.log_every == 0 or step == self.cfg.num_steps:
+        self._flush()
+        steps.set_postfix(self._log(step), refresh=False)
+        now = time.monotonic()
+        seconds = (now - clock) / (step - clock_step)
+        self.writer.timing(step, {"seconds_per_step": seconds})
+        clock, clock_step = now, step
+      if step % self.cfg.eval_every == 0 or step == self.cfg.num_steps:
+        self._evaluate(step)
+      if step % self.cfg.checkpoint_every == 0 or step == self.cfg.num_steps:
+        self._save(step)
+
+  def _flush(self) -> None:
+    """Fetches the metrics of the step before; stops the run if they are bad."""
+    if self.pending is None:
+      return
+    step, metrics, skipped, evidence = self.pending
+    self.pending = None
+    metrics, skipped = jax.device_get((metrics, skipped))
+    culprits = [
+        name.removeprefix(NONFINITE)
+        for name, metric in metrics.items()
+        if name.startswith(NONFINITE) and metric.total > 0
+    ]
+    kept = {
+        name: metric
+        for name, metric in metrics.items()
+        if not name.startswith(NONFINITE)
+        # What was computed from NaN would hide the mean of what was not.
+        and np.isfinite(metric.total)
+    }
+    kept[NONFINITE + "steps"] = metrics_lib.Metric(
+        total=np.float32(bool(culprits)), count=np.float32(1)
+    )
+    self.totals = metrics_lib.add(self.totals, kept)
+    if culprits:
+      self._report_nonfinite(step, culprits, int(skipped), evidence)
+
+  def _report_nonfinite(self, step, culprits, skipped, evidence) -> None:
+    folder = self.workdir / "nonfinite"
+    folder.mkdir(exist_ok=True)
+    path = folder / f"step_{step}.npz"
+    np.savez(
+        path,
+        **{
+            jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(x)
+            for key, x in jax.tree_util.tree_leaves_with_path(evidence)
+        },
+    )
+    message = (
+        f"{self.task.name}: step {step} was not applied: NaN or Inf in "
+        f"{', '.join(culprits)}. Its batch is in {path}."
+    )
+    if skipped >= self.cfg.max_nonfinite_steps:
+      raise NonFiniteError(
+          f"{message} This was the {skipped}th in a row, and "
+          f"max_nonfinite_steps is {self.cfg.max_nonfinite_steps}. Lower the "
+          "learning rate or look at that batch."
+      )
+    logging.warning(message)
+
+  def _log(self, step: int) -> dict[str, str]:
+    numbers = metrics_lib.compute(self.totals)
+    self.totals = {}
+    self.writer.write(step, numbers)
+    shown = ("loss", "score", "kl", "accuracy")
+    return {
+        name.split("/")[-1]: f"{value:.3f}"
+        for name, value in numbers.items()
+        if name.split("/")[-1] in shown
+    }
+
+  def _evaluate(self, step: int) -> None:
+    self.evaluation, samples = self.task.evaluate(self.task.state)
+    if self.evaluation:
+      self.writer.write(step, self.evaluation)
+    if samples:
+      self.writer.samples(step, samples)
+
+  def _save(self, step: int) -> None:
+    self.checkpointer.save(
+        step,
+        self.task.state,
+        self.task.batches.get_state(),
+        metrics=self.evaluation or None,
+    )

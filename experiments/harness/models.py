@@ -1,0 +1,145 @@
+"""Finished models on disk, as one stage leaves them for the next.
+
+    <stage>/model/      config, params and, for a reward model, normalisation
+    <stage>/tokenizer/  the tokenizer that it was trained with
+
+A place is such a stage folder, or `llama2c:MODEL.bin:TOKENIZER.model` for a
+model in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a
+place or source stands for an environment variable.
+"""
+
+import dataclasses
+import os
+import pathlib
+import re
+from typing import Any
+
+import jax.numpy as jnp
+
+from experiments.harness import config as config_lib
+from rlhf_jax import checkpoint
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.models.families import llama2c
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.types import ScoreNormalization
+
+LLAMA2C = "llama2c:"
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+  """A language model: its shape, its params and the text that it reads."""
+
+  config: TransformerConfig
+  params: Any
+  tokenizer: Tokenizer
+
+
+@dataclasses.dataclass(frozen=True)
+class RewardModel:
+  """A trained reward model."""
+
+  config: TransformerConfig
+  params: Any
+  normalization: ScoreNormalization
+  tokenizer: Tokenizer
+
+
+def expand(place: str) -> str:
+  """Replaces `${NAME}` by the environment variable.
+
+  Raises:
+    FileNotFoundError: if it is not set.
+  """
+
+  def value(match):
+    name = match[1]
+    if not os.environ.get(name):
+      raise FileNotFoundError(
+          f"{place}: the environment variable {name} is not set; it must name "
+          "the folder of the data"
+      )
+    return os.environ[name]
+
+  return re.sub(r"\$\{(\w+)\}", value, place)
+
+
+def save_policy(folder: pathlib.Path, policy: Policy) -> None:
+  """Writes a policy that `load_policy(folder)` reads."""
+  policy.tokenizer.save(folder / "tokenizer")
+  checkpoint.save_model(
+      folder / "model",
+      config_lib.to_dict(policy.config),
+      policy.params,
+      {"kind": "policy"},
+  )
+
+
+def load_policy(place: str) -> Policy:
+  """Reads a policy from a stage's folder or a llama2.c pair of files."""
+  place = expand(place)
+  if place.startswith(LLAMA2C):
+    model_path, _, tokenizer_path = place.removeprefix(LLAMA2C).partition(":")
+    try:
+      config, params = llama2c.load_llama2c(model_path)
+    except ValueError as error:
+      raise checkpoint.CheckpointError(str(error)) from error
+    return Policy(
+        config=config,
+        params=params,
+        tokenizer=Tokenizer.from_sentencepiece(tokenizer_path),
+    )
+  config, params, _ = _load(place, "policy")
+  return Policy(
+      config=config,
+      params=params,
+      tokenizer=Tokenizer.load(pathlib.Path(place) / "tokenizer"),
+  )
+
+
+def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
+  """Writes a reward model that `load_reward_model(folder)` reads."""
+  model.tokenizer.save(folder / "tokenizer")
+  checkpoint.save_model(
+      folder / "model",
+      config_lib.to_dict(model.config),
+      model.params,
+      {
+          "kind": "reward_model",
+          "gain": float(model.normalization.gain),
+          "bias": float(model.normalization.bias),
+      },
+  )
+
+
+def load_reward_model(place: str) -> RewardModel:
+  """Reads a reward model from the folder of a reward stage."""
+  place = expand(place)
+  config, params, extra = _load(place, "reward_model")
+  return RewardModel(
+      config=config,
+      params=params,
+      normalization=ScoreNormalization(
+          gain=jnp.float32(extra["gain"]), bias=jnp.float32(extra["bias"])
+      ),
+      tokenizer=Tokenizer.load(pathlib.Path(place) / "tokenizer"),
+  )
+
+
+def _load(place: str, kind: str):
+  folder = pathlib.Path(place) / "model"
+  if not folder.is_dir():
+    raise FileNotFoundError(
+        f"{place} holds no finished model ({folder} is not there); name the "
+        "workdir of a stage that ended"
+    )
+  config, params, extra = checkpoint.load_model(folder)
+  if extra["kind"] != kind:
+    raise FileNotFoundError(
+        f"{place} holds a {extra['kind']}, and a {kind} is needed here"
+    )
+  return (
+      config_lib.from_config(TransformerConfig, config, str(folder)),
+      params,
+      extra,
+  )

@@ -1,0 +1,160 @@
+"""Where records come from: a config's source string, made into records.
+
+    world:assistant        the embedded domain; as many as asked for
+    stories:PATH           TinyStories' text layout: a lone line break ends a
+                           story; the last tenth is held out
+    text:PATH              documents divided by blank lines; likewise
+    polarity:ZIP:HALF      film sentences as comparisons, half 0 or 1
+    hh:PATH, gsm8k:PATH    files as their publishers ship them
+    anything else          JSONL (gz too): a path or glob, or tfds:NAME
+
+`${NAME}` stands for an environment variable. What cannot be used is written
+with its reason to `<stage>/skipped/`.
+"""
+
+import dataclasses
+import pathlib
+import re
+
+from experiments.harness.models import expand
+from rlhf_jax.data import publishers, readers, records
+from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking
+from rlhf_jax.worlds import assistant
+
+ASSISTANT = "world:assistant"
+_HELDOUT_SHARE = 0.1
+_SENTENCE_END = re.compile(r"(?<=[.!?]) ")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SourceConfig:
+  """Which records, and how many.
+
+  source: see the module's docstring.
+  limit: at most so many, in their order; of a world, exactly so many. 0 is all.
+  on_error: 'raise' stops at the first bad record, 'skip' writes it down.
+  """
+
+  source: str
+  limit: int
+  on_error: str = "raise"
+
+  def __post_init__(self):
+    if self.limit < 0:
+      raise ValueError(f"limit must not be negative: {self.limit}")
+    if self.on_error not in ("raise", "skip"):
+      raise ValueError(f"on_error must be 'raise' or 'skip': {self.on_error!r}")
+    if self.source == ASSISTANT and self.limit == 0:
+      raise ValueError(f"{ASSISTANT} has no end: give a limit")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reader:
+  """Reads the sources of one stage.
+
+  seed: of what a world makes up and of random pairings.
+  skipped_dir: where passed-over records go.
+  """
+
+  seed: int
+  skipped_dir: pathlib.Path
+
+  def documents(self, cfg: SourceConfig, split: str) -> list[str]:
+    """Text to pretrain on."""
+    if cfg.source == ASSISTANT:
+      # Held-out documents are other draws of the same source.
+      seed = self.seed if split == "train" else self.seed + 1_000_003
+      return assistant.corpus(seed, cfg.limit)
+    return _limited(_split(_documents(expand(cfg.source)), split), cfg)
+
+  def demonstrations(
+      self, cfg: SourceConfig, split: str
+  ) -> list[Demonstration]:
+    """Demonstrations to imitate."""
+    source = expand(cfg.source)
+    kind, _, path = source.partition(":")
+    if source == ASSISTANT:
+      seed = self.seed if split == "train" else self.seed + 1_000_003
+      rows = assistant.demonstrations(seed, cfg.limit)
+      return [records.validate_record("demonstration", row) for row in rows]
+    if kind in ("stories", "text"):
+      found = [Demonstration(spans=((x, True),)) for x in _documents(source)]
+    elif kind == "gsm8k":
+      found = publishers.read_gsm8k(path)
+    else:
+      found = self._records(source, "demonstration", cfg)
+    return _limited(_split(found, split), cfg)
+
+  def prompts(self, cfg: SourceConfig, split: str) -> list[Prompt]:
+    """Prompts to complete; of stories, their first sentences."""
+    source = expand(cfg.source)
+    if source == ASSISTANT:
+      requests = assistant.sample_requests(self.seed, cfg.limit, split)
+      return [Prompt(prompt=request.prompt) for request in requests]
+    if source.partition(":")[0] in ("stories", "text"):
+      found = [
+          Prompt(prompt=_SENTENCE_END.split(document, maxsplit=1)[0])
+          for document in _documents(source)
+      ]
+    else:
+      found = self._records(source, "prompt", cfg)
+    return _limited(_split(found, split), cfg)
+
+  def comparisons(
+      self, cfg: SourceConfig, split: str
+  ) -> list[Comparison] | list[Ranking]:
+    """Comparisons; or rankings, if the source's name says so."""
+    source = expand(cfg.source)
+    kind, _, path = source.partition(":")
+    if kind == "polarity":
+      path, _, half = path.rpartition(":")
+      found = publishers.read_sentence_polarity(
+          path, half=int(half), seed=self.seed
+      )[split]
+      return _limited(found, cfg)
+    if kind == "hh":
+      found = publishers.read_hh(path, self._skipped(source))
+    elif "ranking" in pathlib.Path(source).name:
+      found = self._records(source, "ranking", cfg)
+    else:
+      found = self._records(source, "comparison", cfg)
+    return _limited(_split(found, split), cfg)
+
+  def _records(self, source: str, kind: str, cfg: SourceConfig):
+    if cfg.on_error == "raise":
+      return readers.read_records(source, kind)
+    return readers.read_records(
+        source, kind, on_error="skip", skipped_path=self._skipped(source)
+    )
+
+  def _skipped(self, source: str) -> pathlib.Path:
+    name = re.sub(r"[^\w.]+", "_", source.rpartition("/")[2])
+    return self.skipped_dir / f"{name}.jsonl"
+
+
+def _documents(source: str) -> list[str]:
+  kind, _, path = source.partition(":")
+  try:
+    text = pathlib.Path(path).read_text(encoding="utf-8")
+  except UnicodeDecodeError as error:
+    raise readers.ReadError(f"{path}: not UTF-8: {error}") from error
+  pattern = r"(?<!\n)\n(?!\n)" if kind == "stories" else r"\n\s*\n"
+  found = [x.strip() for x in re.split(pattern, text)]
+  found = [x for x in found if x]
+  if not found:
+    raise readers.ReadError(f"{path}: holds no text.")
+  return found
+
+
+def _split(items: list, split: str) -> list:
+  """'train' and 'heldout' by position; 'all' for a source that was divided."""
+  if split == "all":
+    return items
+  num_heldout = max(1, round(len(items) * _HELDOUT_SHARE))
+  if num_heldout == len(items):
+    raise readers.ReadError("one record alone cannot be divided into splits.")
+  return items[-num_heldout:] if split == "heldout" else items[:-num_heldout]
+
+
+def _limited(items: list, cfg: SourceConfig) -> list:
+  return items[: cfg.limit] if cfg.limit else items

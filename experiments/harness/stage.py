@@ -1,0 +1,112 @@
+"""A stage's folder: what it was asked to do, and whether it is done.
+
+    config.json      the whole config, from the first moment
+    versions.json    packages, commit, device and command
+    finished.json    the stage's summary; its presence says that it is done
+"""
+
+import json
+import os
+import pathlib
+import platform
+import subprocess
+import sys
+from typing import Any
+
+from absl import logging
+import jax
+
+from experiments.harness import config as config_lib
+from rlhf_jax import checkpoint
+
+
+class Stage:
+  """One stage's folder; see the module's docstring.
+
+  Attributes:
+    dir: the folder.
+    config: the config as JSON-able dict.
+    finished: True if an earlier run of the same config ended well.
+
+  Raises:
+    checkpoint.ConfigMismatch: if the folder holds a run of another config.
+  """
+
+  def __init__(self, workdir: str, config: Any):
+    self.dir = pathlib.Path(workdir)
+    self.config = config_lib.to_dict(config)
+    self.dir.mkdir(parents=True, exist_ok=True)
+    path = self.dir / "config.json"
+    if path.exists():
+      # JSON's own view of both, so that tuples and lists are alike.
+      saved = json.loads(path.read_text())
+      given = json.loads(json.dumps(self.config))
+      differences = checkpoint.config_differences(saved, given)
+      if differences:
+        raise checkpoint.ConfigMismatch(
+            f"{self.dir} holds a run of another config:\n  "
+            + "\n  ".join(differences)
+            + "\nuse the saved config, or another --workdir"
+        )
+    else:
+      write_json(path, self.config)
+      write_json(self.dir / "versions.json", versions())
+    self.finished = (self.dir / "finished.json").exists()
+    if self.finished:
+      logging.info("%s is finished already", self.dir)
+
+  def finish(self, summary: dict[str, Any]) -> None:
+    """Marks the stage as done."""
+    write_json(self.dir / "finished.json", summary)
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Writes whole or not at all."""
+  temporary = path.with_name(path.name + ".writing")
+  temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+  os.replace(temporary, path)
+
+
+def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
+  """One JSON object a line; writes whole or not at all."""
+  temporary = path.with_name(path.name + ".writing")
+  with temporary.open("w", encoding="utf-8") as f:
+    for row in rows:
+      f.write(json.dumps(row, ensure_ascii=False) + "\n")
+  os.replace(temporary, path)
+
+
+def versions() -> dict[str, str]:
+  """What a reader needs to run it again."""
+  import flax  # pylint: disable=g-import-not-at-top
+  import optax  # pylint: disable=g-import-not-at-top
+
+  device = jax.devices()[0]
+  return {
+      "python": platform.python_version(),
+      "jax": jax.__version__,
+      "flax": flax.__version__,
+      "optax": optax.__version__,
+      "commit": _commit(),
+      "device": f"{jax.device_count()} x {device.device_kind}",
+      "cpu_cores": str(os.cpu_count()),
+      "command": " ".join([pathlib.Path(sys.argv[0]).name, *sys.argv[1:]]),
+  }
+
+
+def _commit() -> str:
+  here = pathlib.Path(__file__).parent
+  git = lambda *args: subprocess.run(
+      ["git", "-C", str(here), *args],
+      capture_output=True,
+      text=True,
+      check=False,
+  ).stdout.strip()
+  try:
+    commit = git("rev-parse", "HEAD")
+    dirty = git("status", "--porcelain", "--untracked-files=no")
+  except OSError:
+    return "unknown (git is not installed)"
+  if not commit:
+    return "unknown (not a git checkout)"
+  return commit + (" with local changes" if dirty else "")

@@ -1,0 +1,322 @@
+"""Improves a policy against a reward model by PPO.
+
+    python -m experiments.ppo --config=configs/ppo.py --workdir=DIR
+
+An iteration is three programs: rollout (sample completions), score (reference
+log-probs, values, rewards, advantages), update (epochs x minibatches). See
+`rlhf_jax/updates/ppo.py` for what happens inside.
+
+  1. Loads policy, reference policy (the same by default) and reward model; the
+     value network starts from the reward model, the policy or zero.
+  2. Iterates; every evaluation samples held-out prompts and, where a judge is
+     named, has it say what training never sees.
+  3. Leaves DIR/model and DIR/tokenizer; DIR/checkpoints holds the whole state.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+
+from experiments.harness import (
+    cli,
+    evaluator,
+    language_model,
+    loop,
+    models,
+    sources,
+    stage,
+)
+from rlhf_jax import optim, sharding
+from rlhf_jax.data import encoding, packing, pipeline
+from rlhf_jax.generation import decode
+from rlhf_jax.models import functions, heads
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.rewards.episodes import Episodes
+from rlhf_jax.updates import ppo
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """init_from: the policy; ref_policy: what KL is measured from ('': init_from).
+
+  value_network: 'separate', or a head on the policy's own trunk ('shared').
+  value_init: 'reward_model' takes its trunk and head (separate only); 'policy'
+    the policy's trunk with a fresh head; 'zero' the same with a zero head.
+  rollout_batch_size: episodes an iteration, over all devices.
+  samples: also fixes prompt and completion lengths; its temperature is that of
+    evaluation, ppo.temperature that of training.
+  ptx_documents: pretraining text for ppo.ptx_coef (source '' if that is 0).
+  judge: says what is true at evaluations, see `harness/evaluator.py`.
+  """
+
+  seed: int
+  init_from: str
+  ref_policy: str
+  reward_model: str
+  value_network: Literal["separate", "shared"]
+  value_init: Literal["reward_model", "policy", "zero"]
+  prompts: sources.SourceConfig
+  heldout_prompts: sources.SourceConfig
+  rollout_batch_size: int
+  num_devices: int
+  ptx_documents: sources.SourceConfig
+  ptx_batch_size: int
+  ptx_seq_len: int
+  optimizer: optim.OptimizerConfig
+  ppo: ppo.PPOConfig
+  loop: loop.LoopConfig
+  samples: evaluator.SampleConfig
+  judge: str
+  num_logged_samples: int
+
+  def __post_init__(self):
+    parts = self.ppo.num_minibatches * self.ppo.num_microbatches
+    language_model.check_divides(
+        self.rollout_batch_size, parts, self.num_devices
+    )
+    if self.ppo.ptx_coef:
+      language_model.check_divides(self.ptx_batch_size, parts, self.num_devices)
+    if bool(self.ppo.ptx_coef) != bool(self.ptx_documents.source):
+      raise ValueError(
+          f"ppo.ptx_coef={self.ppo.ptx_coef} and ptx_documents.source="
+          f"{self.ptx_documents.source!r}: give both or neither"
+      )
+    if self.value_network == "shared" and self.value_init == "reward_model":
+      raise ValueError(
+          "value_network='shared' reads the policy's trunk, so value_init must "
+          "be 'policy' or 'zero'"
+      )
+
+
+class Batches:
+  """Prompts and, with PTX, documents; one state for both."""
+
+  def __init__(self, prompts, documents):
+    self._prompts, self._documents = prompts, documents
+
+  def __next__(self):
+    documents = None if self._documents is None else next(self._documents)
+    return next(self._prompts), documents
+
+  def get_state(self) -> dict[str, Any]:
+    return {
+        "prompts": self._prompts.get_state(),
+        "documents": self._documents and self._documents.get_state(),
+    }
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    self._prompts.set_state(state["prompts"])
+    if self._documents is not None:
+      self._documents.set_state(state["documents"])
+
+
+def run(config: Config, workdir: str) -> None:
+  """Runs the stage, or what is left of it."""
+  # ---- models ----------------------------------------------------------------
+  out = stage.Stage(workdir, config)
+  if out.finished:
+    return
+  policy = models.load_policy(config.init_from)
+  ref_policy = (
+      models.load_policy(config.ref_policy) if config.ref_policy else policy
+  )
+  reward_model = models.load_reward_model(config.reward_model)
+  _check_fits(config, policy, ref_policy)
+  mesh = sharding.make_mesh(config.num_devices)
+  rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
+  value_config, value_params = init_value(
+      config, policy, reward_model, rng_value
+  )
+
+  # ---- data ------------------------------------------------------------------
+  reader = sources.Reader(config.seed, out.dir / "skipped")
+  encode = lambda split, source: evaluator.encode_prompts(
+      reader.prompts(source, split),
+      policy.tokenizer,
+      config.samples.max_prompt_length,
+  )
+  prompts = encode("train", config.prompts)
+  heldout = encode("heldout", config.heldout_prompts)
+  batches = Batches(
+      iter(
+          pipeline.make_dataset(
+              prompts, batch_size=config.rollout_batch_size, seed=config.seed
+          )
+      ),
+      make_ptx_batches(config, policy, reader),
+  )
+
+  # ---- programs --------------------------------------------------------------
+  num_updates = (
+      config.loop.num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
+  )
+  tx = optim.make_optimizer(config.optimizer, num_updates)
+  policy_value_fn = functions.make_policy_value_fn(policy.config, value_config)
+  ref_logits_fn = functions.make_logits_fn(ref_policy.config)
+  generate = decode.make_generate(heads.LanguageModel(policy.config))
+  reward_fn = evaluator.make_reward_fn(
+      dataclasses.replace(
+          reward_model, params=sharding.replicate(reward_model.params, mesh)
+      )
+  )
+  ref_params = sharding.replicate(ref_policy.params, mesh)
+  sampling = dataclasses.replace(
+      config.samples.sampling(policy.tokenizer),
+      temperature=config.ppo.temperature,
+  )
+
+  @jax.jit
+  def rollout_step(state, batch, sampling):
+    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
+    params = state.train.params["policy"]
+    return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
+
+  score_step = jax.jit(ppo.make_score_rollout(policy_value_fn, ref_logits_fn))
+  update_step = jax.jit(
+      ppo.make_ppo_update(policy_value_fn, tx), donate_argnums=0
+  )
+
+  def step(state, batch):
+    prompt_batch, ptx = sharding.shard_rows(batch, mesh)
+    rollout = rollout_step(state, prompt_batch, sampling)
+    score = jnp.asarray(reward_fn(Episodes(rollout, policy.tokenizer)))
+    scored, metrics = score_step(
+        state.train.params,
+        ref_params,
+        rollout,
+        score,
+        state.kl_coef,
+        config.ppo,
+    )
+    state, update_metrics = update_step(state, scored, ptx, config.ppo)
+    return state, metrics | update_metrics, scored
+
+  # ---- loop ------------------------------------------------------------------
+  sampler = evaluator.Evaluator(
+      policy.config,
+      policy.tokenizer,
+      heldout,
+      config.samples.sampling(policy.tokenizer),
+      ref_policy=ref_policy,
+      reward_fn=reward_fn,
+      judge=evaluator.make_judge(config.judge),
+      seed=config.seed,
+      batch_size=config.rollout_batch_size,
+  )
+
+  def evaluate(state):
+    rows = sampler.rows(state.train.params["policy"])
+    return evaluator.averages(rows), rows[: config.num_logged_samples]
+
+  # Two trees: the policy's and the reward model's arrays are still needed.
+  params = jax.tree.map(
+      jnp.copy, {"policy": policy.params, "value": value_params}
+  )
+  state = ppo.create_ppo_state(
+      sharding.replicate(params, mesh), tx, rng_state, config.ppo
+  )
+  task = loop.Task(
+      name="ppo",
+      state=sharding.replicate(state, mesh),
+      step=step,
+      batches=batches,
+      evaluate=evaluate,
+      skipped_steps=lambda state: state.train.skipped_steps,
+  )
+  state = loop.run_loop(
+      task, config.loop, workdir=str(out.dir), config=out.config
+  )
+  models.save_policy(
+      out.dir,
+      dataclasses.replace(
+          policy, params=jax.device_get(state.train.params["policy"])
+      ),
+  )
+  out.finish(evaluate(state)[0])
+
+
+def init_value(
+    config: Config,
+    policy: models.Policy,
+    reward_model: models.RewardModel,
+    rng: jax.Array,
+) -> tuple[TransformerConfig | None, Any]:
+  """The value network's shape (None: shares the policy's trunk) and params.
+
+  Raises:
+    ValueError: if it is to start from a reward model with another tokenizer,
+      which cannot read the policy's tokens.
+  """
+  zero_head = config.value_init == "zero"
+  if config.value_network == "shared":
+    width = policy.config.width
+    return None, heads.scalar_head_init(rng, width, zero_head)
+  if config.value_init != "reward_model":
+    return policy.config, heads.scalar_from_language_model(
+        policy.params, rng, policy.config, zero_head=zero_head
+    )
+  if reward_model.tokenizer.fingerprint != policy.tokenizer.fingerprint:
+    raise ValueError(
+        "value_init='reward_model': the reward model has another tokenizer "
+        "than the policy; take 'policy' or 'zero'"
+    )
+  # Values are predictions of normalised scores: the normalisation goes into
+  # the head.
+  gain, bias = reward_model.normalization.gain, reward_model.normalization.bias
+  head = reward_model.params["head"]
+  return reward_model.config, {
+      "trunk": reward_model.params["trunk"],
+      "head": {
+          "kernel": head["kernel"] * gain,
+          "bias": head["bias"] * gain + bias[None],
+      },
+  }
+
+
+def make_ptx_batches(
+    config: Config, policy: models.Policy, reader: sources.Reader
+):
+  """An iterator over packed pretraining text, or None without PTX."""
+  if not config.ppo.ptx_coef:
+    return None
+  examples, report = encoding.encode_documents(
+      reader.documents(config.ptx_documents, "train"),
+      policy.tokenizer,
+      max_length=config.ptx_seq_len,
+      policy="split",
+  )
+  logging.info("ppo: PTX documents: %s", report)
+  rows = packing.pack(
+      examples, config.ptx_seq_len, pad_id=policy.tokenizer.pad_id
+  )
+  return iter(
+      pipeline.make_dataset(
+          rows, batch_size=config.ptx_batch_size, seed=config.seed
+      )
+  )
+
+
+def _check_fits(
+    config: Config, policy: models.Policy, ref_policy: models.Policy
+) -> None:
+  length = (
+      config.samples.max_prompt_length + config.samples.max_completion_length
+  )
+  for name, model in (("policy", policy), ("reference", ref_policy)):
+    if length > model.config.max_length:
+      raise ValueError(
+          f"max_prompt_length + max_completion_length = {length} does not fit "
+          f"the {name}'s max_length={model.config.max_length}"
+      )
+  if policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint:
+    raise ValueError(
+        "the reference policy has another tokenizer than the policy: their "
+        "log-probs cannot be compared"
+    )
+
+
+if __name__ == "__main__":
+  cli.launch(Config, run)

@@ -1,0 +1,291 @@
+"""Trains a reward model on comparisons or rankings.
+
+    python -m experiments.reward --config=configs/reward.py --workdir=DIR
+
+  1. The policy's trunk gets a fresh scalar head.
+  2. Bradley-Terry on pairs, or all pairs of a ranking; evaluated on held-out
+     comparisons: accuracy with its interval, calibration.
+  3. A gain and a bias are fitted so that the reference policy's completions
+     score mean 0 and standard deviation 1.
+  4. Leaves DIR/model, DIR/tokenizer and DIR/calibration.json.
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+from absl import logging
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from experiments.harness import (
+    cli,
+    evaluator,
+    language_model,
+    loop,
+    models,
+    sources,
+    stage,
+)
+from rlhf_jax import optim, sharding
+from rlhf_jax.data import encoding, pipeline
+from rlhf_jax.data.records import Ranking
+from rlhf_jax.evaluation import preference_accuracy
+from rlhf_jax.generation import decode
+from rlhf_jax.models import functions, heads
+from rlhf_jax.rewards.episodes import Episodes
+from rlhf_jax.train_state import create_train_state
+from rlhf_jax.types import PreferenceBatch, RankingBatch, ScoreNormalization
+from rlhf_jax.updates import reward as reward_update
+from rlhf_jax.worlds import annotators
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """init_from: the policy whose trunk the reward model starts from.
+
+  heldout: comparisons that training never sees, by a source of their own.
+  heldout_split: which part of that source; 'all' if it was divided already.
+  normalize_on: what the reference policy (ref_policy, a place) completes to fit
+    the score's gain and bias; ref_policy '' fits them on held-out chosen and
+    rejected completions instead.
+  """
+
+  seed: int
+  init_from: str
+  ref_policy: str
+  comparisons: sources.SourceConfig
+  comparisons_split: Literal["train", "all"]
+  heldout: sources.SourceConfig
+  heldout_split: Literal["heldout", "all"]
+  too_long: Literal["drop", "truncate_prompt_left", "error"]
+  max_prompt_length: int
+  max_completion_length: int
+  batch_size: int
+  num_devices: int
+  optimizer: optim.OptimizerConfig
+  update: reward_update.RewardConfig
+  loop: loop.LoopConfig
+  normalize_on: sources.SourceConfig
+  samples: evaluator.SampleConfig
+
+  def __post_init__(self):
+    language_model.check_divides(
+        self.batch_size, self.update.num_microbatches, self.num_devices
+    )
+
+
+def run(config: Config, workdir: str) -> None:
+  """Runs the stage, or what is left of it."""
+  out = stage.Stage(workdir, config)
+  if out.finished:
+    return
+  policy = models.load_policy(config.init_from)
+  _check_fits(config, policy)
+  reader = sources.Reader(config.seed, out.dir / "skipped")
+  train = _encode(
+      config,
+      policy,
+      reader.comparisons(config.comparisons, config.comparisons_split),
+  )
+  heldout_records = reader.comparisons(config.heldout, config.heldout_split)
+  heldout = _encode(config, policy, heldout_records)
+
+  mesh = sharding.make_mesh(config.num_devices)
+  rng_state, rng_head, rng_samples = jax.random.split(
+      jax.random.key(config.seed), 3
+  )
+  params = heads.scalar_from_language_model(
+      policy.params, rng_head, policy.config, zero_head=False
+  )
+  tx = optim.make_optimizer(config.optimizer, config.loop.num_steps)
+  score_fn = functions.make_score_fn(policy.config)
+  update = jax.jit(
+      reward_update.make_reward_update(score_fn, tx), donate_argnums=0
+  )
+
+  def step(state, batch):
+    batch = sharding.shard_rows(batch, mesh)
+    state, metrics = update(state, batch, config.update)
+    return state, metrics, batch
+
+  scorer = BatchScorer(score_fn, config.batch_size)
+  state = create_train_state(
+      sharding.replicate(params, mesh), tx, rng_state
+  )
+  task = loop.Task(
+      name="reward",
+      state=sharding.replicate(state, mesh),
+      step=step,
+      batches=iter(
+          pipeline.make_dataset(
+              train, batch_size=config.batch_size, seed=config.seed
+          )
+      ),
+      evaluate=lambda state: (
+          evaluate(scorer.scores(state.params, heldout), heldout),
+          [],
+      ),
+      skipped_steps=lambda state: state.skipped_steps,
+  )
+  state = loop.run_loop(
+      task, config.loop, workdir=str(out.dir), config=out.config
+  )
+
+  heldout_scores = scorer.scores(state.params, heldout)
+  normalization = _normalize(
+      config, policy, state.params, score_fn, reader, rng_samples, heldout_scores
+  )
+  report = make_calibration(heldout_scores, heldout, heldout_records)
+  stage.write_json(out.dir / "calibration.json", report)
+  models.save_reward_model(
+      out.dir,
+      models.RewardModel(
+          policy.config,
+          jax.device_get(state.params),
+          normalization,
+          policy.tokenizer,
+      ),
+  )
+  logging.info("reward: held-out accuracy %s", report["accuracy"])
+  out.finish({name: report[name] for name in ("accuracy", "num_pairs")})
+
+
+class BatchScorer:
+  """Raw scores of all rows of a batch of pairs or rankings: [N, K]."""
+
+  def __init__(self, score_fn, batch_size: int):
+    self._batch_size = batch_size
+    self._score = jax.jit(
+        lambda params, batch: reward_update.score_rows(params, batch, score_fn)
+    )
+
+  def scores(
+      self, params: Any, batch: PreferenceBatch | RankingBatch
+  ) -> np.ndarray:
+    """Scores in the rows' order, a batch at a time."""
+    num_rows, parts = batch.tokens.shape[0], []
+    size = min(self._batch_size, num_rows)
+    for start in range(0, num_rows, size):
+      rows = np.arange(start, start + size) % num_rows
+      part = jax.tree.map(lambda x: x[rows], batch)
+      parts.append(np.asarray(self._score(params, part)))
+    return np.concatenate(parts)[:num_rows]
+
+
+def ordered_margins(
+    scores: np.ndarray, batch: PreferenceBatch | RankingBatch
+) -> np.ndarray:
+  """score(better) - score(worse) of every ordered pair, [num_pairs]."""
+  if isinstance(batch, PreferenceBatch):
+    return scores[:, 0] - scores[:, 1]
+  better = (
+      (batch.ranks[:, :, None] < batch.ranks[:, None, :])
+      & batch.completion_valid[:, :, None]
+      & batch.completion_valid[:, None, :]
+  )
+  return (scores[:, :, None] - scores[:, None, :])[better]
+
+
+def evaluate(
+    scores: np.ndarray, batch: PreferenceBatch | RankingBatch
+) -> dict[str, float]:
+  """'eval/accuracy' and 'eval/loss' over held-out pairs."""
+  margins = ordered_margins(scores, batch)
+  return {
+      "eval/accuracy": float(preference_accuracy.accuracy(margins).mean),
+      "eval/loss": float(np.logaddexp(0, -margins).mean()),
+  }
+
+
+def make_calibration(
+    scores: np.ndarray,
+    batch: PreferenceBatch | RankingBatch,
+    comparisons: list,
+) -> dict[str, Any]:
+  """What the report shows: accuracy, its ceiling if known, calibration."""
+  margins = ordered_margins(scores, batch)
+  simulated = {annotator.name for annotator in annotators.ANNOTATORS}
+  rows = [
+      {"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected}
+      for x in comparisons
+      if not isinstance(x, Ranking) and x.annotator in simulated
+  ]
+  # Only who simulates the annotators knows how well they can be predicted.
+  known = len(rows) == len(comparisons)
+  bins = preference_accuracy.calibration(margins)
+  return {
+      "accuracy": dataclasses.asdict(preference_accuracy.accuracy(margins)),
+      "num_pairs": len(margins),
+      "bins": bins,
+      "expected_calibration_error": (
+          preference_accuracy.expected_calibration_error(bins)
+      ),
+      "ceiling": annotators.agreement_ceiling(rows) if known else None,
+      "agreement": annotators.annotator_agreement(rows) if known else None,
+  }
+
+
+def _encode(
+    config: Config, policy: models.Policy, comparisons: list
+) -> PreferenceBatch | RankingBatch:
+  is_ranking = isinstance(comparisons[0], Ranking)
+  encode = (
+      encoding.encode_rankings if is_ranking else encoding.encode_comparisons
+  )
+  batch, report = encode(
+      comparisons,
+      policy.tokenizer,
+      max_prompt_length=config.max_prompt_length,
+      max_completion_length=config.max_completion_length,
+      policy=config.too_long,
+  )
+  logging.info("reward: comparisons: %s", report)
+  return batch
+
+
+def _normalize(
+    config: Config,
+    policy: models.Policy,
+    params: Any,
+    score_fn,
+    reader: sources.Reader,
+    rng: jax.Array,
+    heldout_scores: np.ndarray,
+) -> ScoreNormalization:
+  if not config.ref_policy:
+    return reward_update.fit_score_normalization(
+        jnp.asarray(heldout_scores.ravel())
+    )
+  ref_policy = models.load_policy(config.ref_policy)
+  prompts = evaluator.encode_prompts(
+      reader.prompts(config.normalize_on, "train"),
+      ref_policy.tokenizer,
+      config.samples.max_prompt_length,
+  )
+  rollout = evaluator.sample_all(
+      jax.jit(decode.make_generate(heads.LanguageModel(ref_policy.config))),
+      ref_policy.params,
+      prompts,
+      config.samples.sampling(ref_policy.tokenizer),
+      rng,
+      config.batch_size,
+  )
+  one = ScoreNormalization(gain=jnp.float32(1), bias=jnp.float32(0))
+  raw = evaluator.make_reward_fn(
+      models.RewardModel(policy.config, params, one, policy.tokenizer)
+  )(Episodes(rollout, ref_policy.tokenizer))
+  return reward_update.fit_score_normalization(raw)
+
+
+def _check_fits(config: Config, policy: models.Policy) -> None:
+  length = config.max_prompt_length + config.max_completion_length
+  if length > policy.config.max_length:
+    raise ValueError(
+        f"max_prompt_length + max_completion_length = {length} does not fit "
+        f"the model's max_length={policy.config.max_length}"
+    )
+
+
+if __name__ == "__main__":
+  cli.launch(Config, run)

@@ -1,0 +1,106 @@
+"""The whole of RLHF, from text to a better policy and a report of it.
+
+    python -m experiments.rlhf --config=configs/rlhf.py --workdir=runs/first
+
+  1. pretrain      text -> base model
+  2. sft           demonstrations -> policy
+  3. preferences   completions of that policy, compared by annotators
+  4. reward        comparisons -> reward model
+     judge         likewise, an independent one for evaluation (optional)
+  5. ppo           policy and reward model -> better policy
+  6. evaluate      base, sft and ppo on the same held-out prompts
+  7. report        DIR/report.html, and its headline here
+
+Each stage has its own folder in DIR and its own binary. A finished stage is
+skipped, an unfinished one resumes. A stage that the config leaves out (None) is
+one that another run, or a model on disk, stands in for. `@run/` in a place or
+source stands for DIR.
+"""
+
+import dataclasses
+import pathlib
+import time
+from typing import Any
+
+from absl import flags, logging
+
+from experiments import evaluate, ppo, preferences, pretrain, reward, sft
+from experiments.harness import cli, stage
+
+STAGES = {
+    "pretrain": pretrain.run,
+    "sft": sft.run,
+    "preferences": preferences.run,
+    "reward": reward.run,
+    "judge": reward.run,
+    "ppo": ppo.run,
+    "evaluate": evaluate.run,
+}
+_RUN = "@run/"
+
+_START_AT = flags.DEFINE_string(
+    "start_at",
+    "",
+    f"Passes over the stages before this one ({', '.join(STAGES)}); what it "
+    "reads must be there.",
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """A config for each stage; None leaves it out."""
+
+  pretrain: pretrain.Config | None
+  sft: sft.Config | None
+  preferences: preferences.Config | None
+  reward: reward.Config | None
+  judge: reward.Config | None
+  ppo: ppo.Config | None
+  evaluate: evaluate.Config | None
+
+
+def run(config: Config, workdir: str, start_at: str = "") -> None:
+  """Runs all stages, or those from `start_at` on."""
+  if start_at and start_at not in STAGES:
+    raise cli.UserError(
+        f"--start_at={start_at!r} is none of {', '.join(STAGES)}"
+    )
+  out = stage.Stage(workdir, config)
+  names = list(STAGES)
+  for name in names[names.index(start_at) if start_at else 0 :]:
+    stage_config = getattr(config, name)
+    if stage_config is None:
+      continue
+    logging.info("rlhf: %s", name)
+    start = time.monotonic()
+    STAGES[name](in_run(stage_config, workdir), str(out.dir / name))
+    logging.info("rlhf: %s took %.1f s", name, time.monotonic() - start)
+  # Only now: matplotlib takes a second that a wrong config need not wait for.
+  from rlhf_jax.evaluation import report  # pylint: disable=g-import-not-at-top
+
+  path = report.write_report(out.dir)
+  print(report.summary_text(out.dir))
+  print(f"\nreport: {path}")
+
+
+def in_run(value: Any, workdir: str) -> Any:
+  """The same config with `@run/` made into the run's own folder."""
+  if isinstance(value, str):
+    return value.replace(_RUN, f"{pathlib.Path(workdir)}/")
+  if isinstance(value, tuple):
+    return tuple(in_run(item, workdir) for item in value)
+  if dataclasses.is_dataclass(value):
+    return dataclasses.replace(
+        value,
+        **{
+            field.name: in_run(getattr(value, field.name), workdir)
+            for field in dataclasses.fields(value)
+        },
+    )
+  return value
+
+
+if __name__ == "__main__":
+  cli.launch(
+      Config, lambda config, workdir: run(config, workdir, _START_AT.value)
+  )

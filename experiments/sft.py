@@ -1,0 +1,57 @@
+"""Fine-tunes a policy on demonstrations.
+
+    python -m experiments.sft --config=configs/sft.py --workdir=DIR
+
+  1. Loads the policy of an earlier stage, or one from disk.
+  2. Reads the demonstrations; the loss is on completions alone, unless
+     train_on_prompt. What is too long is dropped and counted.
+  3. Trains, evaluates on held-out demonstrations, samples completions.
+  4. Leaves DIR/model and DIR/tokenizer for the next stage.
+"""
+
+import dataclasses
+from typing import Literal
+
+from absl import logging
+
+from experiments.harness import cli, language_model, models, sources, stage
+from rlhf_jax.data import encoding
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """init_from: the place of the policy to start from."""
+
+  init_from: str
+  demonstrations: sources.SourceConfig
+  heldout_demonstrations: sources.SourceConfig
+  train_on_prompt: bool
+  too_long: Literal["drop", "truncate_prompt_left", "error"]
+  train: language_model.LanguageModelConfig
+
+
+def run(config: Config, workdir: str) -> None:
+  """Runs the stage, or what is left of it."""
+  out = stage.Stage(workdir, config)
+  if out.finished:
+    return
+  policy = models.load_policy(config.init_from)
+  reader = sources.Reader(config.train.seed, out.dir / "skipped")
+  examples = {}
+  for split, source in (
+      ("train", config.demonstrations),
+      ("heldout", config.heldout_demonstrations),
+  ):
+    examples[split], report = encoding.encode_demonstrations(
+        reader.demonstrations(source, split),
+        policy.tokenizer,
+        max_length=config.train.seq_len,
+        policy=config.too_long,
+        train_on_prompt=config.train_on_prompt,
+    )
+    logging.info("sft: %s demonstrations: %s", split, report)
+  language_model.train("sft", out, config.train, policy, examples)
+
+
+if __name__ == "__main__":
+  cli.launch(Config, run)

@@ -1,0 +1,37 @@
+"""How far a policy is from another on its own samples."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from rlhf_jax.losses import kl as kl_lib, masking
+from rlhf_jax.types import Rollout
+
+
+def make_episode_kl(
+    logits_fn: Callable[..., Array], ref_logits_fn: Callable[..., Array]
+) -> Callable[[Any, Any, Rollout, Float[Array, ""]], Float[Array, "B"]]:
+  """Returns kl(params, ref_params, rollout, temperature) -> [B], in nats.
+
+  Each episode's sum over its tokens of KL(policy || ref_policy), exact over the
+  vocabulary, at the states that the policy's own samples visit. Its mean over
+  episodes estimates the KL between the two distributions of completions, with
+  less variance than log-ratios of the sampled tokens.
+  """
+
+  def episode_kl(params, ref_params, rollout, temperature):
+    tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+    mask = jnp.concatenate(
+        [rollout.prompt_mask, rollout.completion_mask], axis=1
+    )
+    last = rollout.completions.shape[1] + 1
+    logits = logits_fn(params, tokens, mask, last)
+    ref_logits = ref_logits_fn(ref_params, tokens, mask, last)
+    kl = kl_lib.kl_exact(
+        logits[:, :-1], ref_logits[:, :-1], temperature=temperature
+    )
+    return masking.masked_sum(kl, rollout.completion_mask, axis=1)
+
+  return episode_kl

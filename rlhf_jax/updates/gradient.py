@@ -1,0 +1,136 @@
+"""What every update shares: exact accumulation and the guard against NaN.
+
+Accumulation is exact because an objective divides by a count that was taken
+over the whole batch before it was split: each microbatch's scalar is its share
+of the total, so the sum over microbatches is the same number however many there
+are. `num_microbatches` changes memory and nothing else.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.metrics import Metrics
+from rlhf_jax.train_state import TrainState
+
+# (params, microbatch) -> (the microbatch's share of the loss, metrics)
+Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
+
+NONFINITE = "nonfinite/"
+
+
+def split_rows(batch: Any, num_parts: int) -> Any:
+  """[B, ...] -> [num_parts, B / num_parts, ...], row r going to part r mod n.
+
+  Interleaved, so that with rows sharded over devices every part is spread over
+  all of them.
+
+  Raises:
+    ValueError: if the rows do not divide into the parts.
+  """
+
+  def split(x):
+    rows = x.shape[0]
+    if rows % num_parts:
+      raise ValueError(
+          f"a batch of {rows} rows does not divide into {num_parts} parts"
+      )
+    return x.reshape(rows // num_parts, num_parts, *x.shape[1:]).swapaxes(0, 1)
+
+  return jax.tree.map(split, batch)
+
+
+def join_rows(parts: Any) -> Any:
+  """The inverse of `split_rows`: [num_parts, N, ...] -> [num_parts * N, ...]."""
+  return jax.tree.map(
+      lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts
+  )
+
+
+def map_microbatches(
+    fn: Callable[[Any], Any], batch: Any, num_microbatches: int
+) -> Any:
+  """`fn(batch)` in `num_microbatches` turns, so that less is alive at once.
+
+  `fn` maps rows to rows: arrays of leading axis B to arrays of leading axis B.
+  """
+  if num_microbatches == 1:
+    return fn(batch)
+  return join_rows(jax.lax.map(fn, split_rows(batch, num_microbatches)))
+
+
+def accumulate_gradients(
+    objective: Objective, params: Any, batch: Any, num_microbatches: int
+) -> tuple[Any, Metrics]:
+  """Gradients and metrics of `objective` summed over microbatches.
+
+  Metrics gain 'nonfinite/loss', 1 where the summed loss is NaN or infinite.
+  """
+  grad_fn = jax.value_and_grad(objective, has_aux=True)
+  if num_microbatches == 1:
+    (loss, metrics), grads = grad_fn(params, batch)
+  else:
+
+    def body(total, microbatch):
+      (loss, metrics), grads = grad_fn(params, microbatch)
+      return jax.tree.map(jnp.add, total, (loss, grads)), metrics
+
+    zeros = jax.tree.map(jnp.zeros_like, params)
+    (loss, grads), metrics = jax.lax.scan(
+        body,
+        (jnp.zeros((), jnp.float32), zeros),
+        split_rows(batch, num_microbatches),
+    )
+    metrics = metrics_lib.combine(metrics)
+  bad = (~jnp.isfinite(loss)).astype(jnp.float32)
+  return grads, {**metrics, NONFINITE + "loss": metrics_lib.scalar(bad)}
+
+
+def apply_gradients(
+    state: TrainState,
+    grads: Any,
+    metrics: Metrics,
+    tx: optax.GradientTransformation,
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step, or none where the loss or a gradient is not finite.
+
+  A step that is not applied leaves params and optimizer state bitwise as they
+  were and adds one to `skipped_steps`; `step` advances either way, because the
+  data has. Metrics gain 'nonfinite/<parameter path>' (1 where that gradient is
+  not finite), 'optimizer/grad_norm', 'optimizer/learning_rate'.
+  """
+  bad_leaves = {
+      NONFINITE + jax.tree_util.keystr(path, simple=True, separator="/"): (
+          ~jnp.isfinite(grad).all()
+      )
+      for path, grad in jax.tree_util.tree_leaves_with_path(grads)
+  }
+  bad = jnp.stack(list(bad_leaves.values())).any()
+  bad |= metrics[NONFINITE + "loss"].total > 0
+  updates, opt_state = tx.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  keep = lambda old, new: jnp.where(bad, old, new)
+  grad_norm = optax.tree.norm(grads)
+  metrics = metrics | {
+      name: metrics_lib.scalar(flag.astype(jnp.float32))
+      for name, flag in bad_leaves.items()
+  }
+  # The mean over the steps that were applied: one NaN must not hide the rest.
+  applied = 1 - bad.astype(jnp.float32)
+  metrics["optimizer/grad_norm"] = metrics_lib.Metric(
+      total=jnp.where(bad, jnp.float32(0), grad_norm), count=applied
+  )
+  return (
+      TrainState(
+          step=state.step + 1,
+          skipped_steps=jnp.where(bad, state.skipped_steps + 1, 0),
+          params=jax.tree.map(keep, state.params, params),
+          opt_state=jax.tree.map(keep, state.opt_state, opt_state),
+          rng=state.rng,
+      ),
+      metrics,
+  )

@@ -1,0 +1,414 @@
+"""Proximal policy optimisation of a language model against a score.
+
+Schulman et al., "Proximal Policy Optimization Algorithms" (arXiv 1707.06347),
+as Ziegler et al., "Fine-Tuning Language Models from Human Preferences" (arXiv
+1909.08593), first applied it to language models and Huang et al., "The N+
+Implementation Details of RLHF with PPO" (arXiv 2403.17031), reproduced it. One
+iteration samples completions, scores them once, and takes several clipped
+policy-gradient steps on them.
+
+Defaults follow the N+ recipe. Where they differ: `kl_controller` may be
+adaptive, as in Ziegler et al.; minibatches divide by one token count, so that
+microbatches and devices change nothing (N+ averages each device's mean).
+
+   1. One log-probability, from one function, at the sampling temperature, in
+      float32: rollout, old, ref and new (1909.08593 divides logits by T; N+
+      detail "logits / temperature").
+   2. old_logprobs are recomputed by the forward pass that is differentiated, so
+      the first ratio is 1. What the sampler said is compared: metric
+      'ppo/rollout_logprob_gap'. Dropout does not exist here.
+   3. A completion that never ended gets `missing_eos_score` instead of its
+      score (N+, "EOS trick"; 1909.08593 for its truncation at a stop token,
+      which here is `SamplingConfig.stop_ids` and `stop_after`).
+   4. rewards = -kl_coef * kl at every token, + score at the last real token,
+      found by index (1909.08593, equation 2). `kl_estimator`: k1, k2, k3
+      (Schulman, "Approximating KL divergence", 2020) or exact over the
+      vocabulary. All are reported, whichever is used.
+   5. kl_coef is fixed, or adapts so that the KL of a completion, in nats, meets
+      `kl_target` (1909.08593, section 2.2); it is part of the state.
+   6. Rewards may be whitened keeping their mean; advantages are whitened; both
+      over all real tokens of the rollout, with biased variance (1909.08593's
+      code). Before minibatches are drawn, as N+ does.
+   7. GAE (1506.02438), gamma 1 and lambda 0.95; the value after the last real
+      token is 0.
+   8. Clipped surrogate (1707.06347, equation 7) and clipped value loss
+      (1909.08593's code), both averaged over the minibatch's real tokens.
+   9. The value network is separate or shares the policy's trunk: the params are
+      {'policy', 'value'} and `policy_value_fn` knows which.
+  10. Entropy bonus (off by default) and PTX: ptx_coef times the language-model
+      loss on pretraining text (InstructGPT, 2203.02155, equation 2), one slice
+      of `ptx` for every minibatch.
+  11. num_epochs passes over the rollout, each over a new permutation in
+      num_minibatches; microbatches accumulate exactly.
+  12. Once a minibatch's KL from the old policy exceeds `max_update_kl`, the rest
+      of the update is skipped (OpenAI Spinning Up, "early stopping").
+  13. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
+      "Adam's epsilon"; TensorFlow's placement is optional).
+
+rollout -> score_rollout -> [epochs x minibatches: ppo_objective -> step] -> kl_coef
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.losses import (
+    kl as kl_lib,
+    language_modeling,
+    masking,
+    policy_gradient,
+    returns as returns_lib,
+    value,
+)
+from rlhf_jax.metrics import Metrics
+from rlhf_jax.train_state import TrainState, create_train_state
+from rlhf_jax.types import (
+    LMBatch,
+    Rollout,
+    ScoredRollout,
+    pytree_dataclass,
+    static,
+)
+from rlhf_jax.updates import gradient
+
+# (params, tokens [B, T], segment_ids [B, T], last) ->
+#   (logits [B, last, V], values [B, last]), of the last `last` positions
+PolicyValueFn = Callable[
+    [Any, Int[Array, "B T"], Int[Array, "B T"], int],
+    tuple[Float[Array, "B N V"], Float[Array, "B N"]],
+]
+# The same for the reference policy, which has no values.
+LogitsFn = Callable[
+    [Any, Int[Array, "B T"], Int[Array, "B T"], int], Float[Array, "B N V"]
+]
+
+
+@pytree_dataclass
+class PPOConfig:
+  """Coefficients are data, the rest is structure (see `types.static`).
+
+  temperature: of the sampling distribution and so of every log-prob.
+  kl_coef: beta; with the adaptive controller, where it starts.
+  kl_target: nats a completion; kl_horizon: episodes (adaptive only).
+  missing_eos_score: what a completion that never ended scores, if
+    replace_missing_eos.
+  max_update_kl: nats a token (k3, new policy from old), infinite is off.
+  num_microbatches: memory only, in scoring and in each minibatch.
+  """
+
+  temperature: float = 0.7
+  kl_estimator: Literal["k1", "k2", "k3", "exact"] = static("k1")
+  kl_controller: Literal["fixed", "adaptive"] = static("fixed")
+  kl_coef: float = 0.05
+  kl_target: float = 6.0
+  kl_horizon: float = 10_000.0
+  replace_missing_eos: bool = static(True)
+  missing_eos_score: float = -1.0
+  whiten_rewards: bool = static(False)
+  whiten_advantages: bool = static(True)
+  gamma: float = 1.0
+  gae_lambda: float = 0.95
+  cliprange: float = 0.2
+  cliprange_value: float = 0.2
+  vf_coef: float = 0.1
+  entropy_coef: float = 0.0
+  ptx_coef: float = 0.0
+  max_update_kl: float = float("inf")
+  num_epochs: int = static(4)
+  num_minibatches: int = static(1)
+  num_microbatches: int = static(1)
+
+
+@pytree_dataclass
+class PPOState:
+  """train.params is {'policy', 'value'}; iteration counts rollouts."""
+
+  train: TrainState
+  kl_coef: Float[Array, ""]
+  iteration: Int[Array, ""]
+
+
+def create_ppo_state(
+    params: dict[str, Any],
+    tx: optax.GradientTransformation,
+    rng: jax.Array,
+    cfg: PPOConfig,
+) -> PPOState:
+  """The state before the first iteration."""
+  return PPOState(
+      train=create_train_state(params, tx, rng),
+      kl_coef=jnp.asarray(cfg.kl_coef, jnp.float32),
+      iteration=jnp.zeros((), jnp.int32),
+  )
+
+
+def iteration_rng(state: PPOState) -> jax.Array:
+  """This iteration's key: fold_in 0 is the rollout's, 1 the update's."""
+  return jax.random.fold_in(state.train.rng, state.iteration)
+
+
+def policy_outputs(
+    policy_value_fn: PolicyValueFn, params: Any, rollout: Rollout
+) -> tuple[Float[Array, "B N V"], Float[Array, "B C"]]:
+  """Logits of positions P-1 .. P+C-1 and the values before each completion token.
+
+  `token_logprobs` shifts the logits; the values shift here, alike.
+  """
+  tokens_BT, mask_BT = _whole(rollout)
+  last = rollout.completions.shape[1] + 1
+  logits_BNV, values_BN = policy_value_fn(params, tokens_BT, mask_BT, last)
+  return logits_BNV, values_BN[:, :-1]
+
+
+def _whole(rollout: Rollout) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+  mask = jnp.concatenate(
+      [rollout.prompt_mask, rollout.completion_mask], axis=1
+  )
+  return tokens, mask
+
+
+def _last_tokens(rollout: Rollout) -> Int[Array, "B N"]:
+  return jnp.concatenate(
+      [rollout.prompts[:, -1:], rollout.completions], axis=1
+  )
+
+
+def make_score_rollout(
+    policy_value_fn: PolicyValueFn, ref_logits_fn: LogitsFn
+) -> Callable[..., tuple[ScoredRollout, Metrics]]:
+  """Returns score_rollout(params, ref_params, rollout, score, kl_coef, cfg)."""
+
+  def forward(params, ref_params, rollout, temperature):
+    """Everything that needs logits, which never leave this function."""
+    logits, values = policy_outputs(policy_value_fn, params, rollout)
+    tokens_BT, mask_BT = _whole(rollout)
+    ref_logits = ref_logits_fn(ref_params, tokens_BT, mask_BT, logits.shape[1])
+    logprobs, ref_logprobs = (
+        language_modeling.token_logprobs(
+            x, _last_tokens(rollout), temperature=temperature
+        )
+        for x in (logits, ref_logits)
+    )
+    kls = {
+        "k1": kl_lib.kl_k1(logprobs, ref_logprobs),
+        "k2": kl_lib.kl_k2(logprobs, ref_logprobs),
+        "k3": kl_lib.kl_k3(logprobs, ref_logprobs),
+        "exact": kl_lib.kl_exact(
+            logits[:, :-1], ref_logits[:, :-1], temperature=temperature
+        ),
+    }
+    entropy = language_modeling.entropy(
+        logits[:, :-1], temperature=temperature
+    )
+    return logprobs, ref_logprobs, values, kls, entropy
+
+  def score_rollout(params, ref_params, rollout, score, kl_coef, cfg):
+    mask = rollout.completion_mask
+    logprobs, ref_logprobs, values, kls, entropy = gradient.map_microbatches(
+        lambda part: forward(params, ref_params, part, cfg.temperature),
+        rollout,
+        cfg.num_microbatches,
+    )
+    raw_score = score
+    if cfg.replace_missing_eos:
+      score = jnp.where(
+          rollout.ended, score, jnp.asarray(cfg.missing_eos_score, jnp.float32)
+      )
+    kl = jnp.where(mask == 1, kls[cfg.kl_estimator], jnp.float32(0))
+    at_end = jnp.arange(mask.shape[1]) == masking.last_index(mask)[:, None]
+    rewards = -kl_coef * kl + jnp.where(at_end, score[:, None], jnp.float32(0))
+    unwhitened = rewards
+    if cfg.whiten_rewards:
+      rewards = masking.masked_whiten(rewards, mask, shift_mean=False)
+    advantages, returns = returns_lib.generalized_advantage_estimation(
+        rewards, values, mask, gamma=cfg.gamma, gae_lambda=cfg.gae_lambda
+    )
+    residual = masking.masked_var(returns - values, mask)
+    spread = jnp.maximum(masking.masked_var(returns, mask), jnp.float32(1e-8))
+    if cfg.whiten_advantages:
+      advantages = masking.masked_whiten(advantages, mask)
+    per_episode = lambda x: metrics_lib.average(
+        masking.masked_sum(x, mask, axis=1)
+    )
+    gap = jnp.abs(logprobs - rollout.logprobs)
+    metrics = {
+        "ppo/score": metrics_lib.average(raw_score),
+        "ppo/score_after_eos_rule": metrics_lib.average(score),
+        "ppo/reward_sum": per_episode(unwhitened),
+        "ppo/kl": per_episode(kl),
+        "ppo/kl_k1": per_episode(kls["k1"]),
+        "ppo/kl_k3": per_episode(kls["k3"]),
+        "ppo/kl_exact": per_episode(kls["exact"]),
+        "ppo/kl_coef": metrics_lib.scalar(kl_coef),
+        "ppo/entropy": metrics_lib.average(entropy, mask),
+        "ppo/completion_length": metrics_lib.average(mask.sum(axis=1)),
+        "ppo/ended": metrics_lib.average(rollout.ended),
+        "ppo/value": metrics_lib.average(values, mask),
+        "ppo/explained_variance": metrics_lib.scalar(1 - residual / spread),
+        "ppo/rollout_logprob_gap": metrics_lib.average(gap, mask),
+    }
+    scored = ScoredRollout(
+        rollout=rollout,
+        score=score,
+        old_logprobs=logprobs,
+        ref_logprobs=ref_logprobs,
+        values=values,
+        kl=kl,
+        rewards=rewards,
+        advantages=advantages,
+        returns=returns,
+    )
+    return scored, metrics
+
+  return score_rollout
+
+
+def ppo_objective(
+    params: Any,
+    batch: ScoredRollout,
+    policy_value_fn: PolicyValueFn,
+    cfg: PPOConfig,
+    num_tokens: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+  """The batch's share of the mean loss over the minibatch's `num_tokens`."""
+  mask = batch.rollout.completion_mask
+  logits, values = policy_outputs(policy_value_fn, params, batch.rollout)
+  logprobs = language_modeling.token_logprobs(
+      logits, _last_tokens(batch.rollout), temperature=cfg.temperature
+  )
+  entropy = language_modeling.entropy(
+      logits[:, :-1], temperature=cfg.temperature
+  )
+  policy_loss = policy_gradient.clipped_surrogate_loss(
+      logprobs, batch.old_logprobs, batch.advantages, cliprange=cfg.cliprange
+  )
+  value_loss = value.clipped_value_loss(
+      values,
+      batch.values,
+      batch.returns,
+      cliprange_value=cfg.cliprange_value,
+  )
+  loss = policy_loss + cfg.vf_coef * value_loss - cfg.entropy_coef * entropy
+
+  ratio = jnp.exp(jnp.where(mask == 1, logprobs - batch.old_logprobs, 0.0))
+  clipped = jnp.abs(ratio - 1) > cfg.cliprange
+  value_clipped = jnp.abs(values - batch.values) > cfg.cliprange_value
+  mean = lambda x: metrics_lib.average(x, mask)
+  metrics = {
+      "ppo/policy_loss": mean(policy_loss),
+      "ppo/value_loss": mean(value_loss),
+      "ppo/clip_fraction": mean(clipped),
+      "ppo/value_clip_fraction": mean(value_clipped),
+      "ppo/ratio": mean(ratio),
+      "ppo/ratio_gap": mean(jnp.abs(ratio - 1)),
+      "ppo/update_kl": mean(kl_lib.kl_k3(batch.old_logprobs, logprobs)),
+  }
+  return masking.masked_sum(loss, mask) / num_tokens, metrics
+
+
+def ptx_objective(
+    params: Any,
+    batch: LMBatch,
+    policy_value_fn: PolicyValueFn,
+    num_targets: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+  """The batch's share of the mean language-model loss over `num_targets`."""
+  logits, _ = policy_value_fn(
+      params, batch.tokens, batch.segment_ids, batch.tokens.shape[1]
+  )
+  loss = -language_modeling.token_logprobs(logits, batch.tokens)
+  mask = batch.loss_mask[:, 1:]
+  metrics = {"ppo/ptx_loss": metrics_lib.average(loss, mask)}
+  return masking.masked_sum(loss, mask) / num_targets, metrics
+
+
+def make_ppo_update(
+    policy_value_fn: PolicyValueFn, tx: optax.GradientTransformation
+) -> Callable[..., tuple[PPOState, Metrics]]:
+  """Returns update(state, scored, ptx, cfg), `ptx` an LMBatch or None.
+
+  Raises (when traced):
+    ValueError: if the rollout does not divide into the minibatches or these
+      into the microbatches.
+  """
+
+  def minibatch_step(train, minibatch, cfg):
+    scored, ptx = minibatch
+    num_tokens = scored.rollout.completion_mask.sum().astype(jnp.float32)
+    num_targets = None if ptx is None else jnp.maximum(ptx.loss_mask.sum(), 1)
+
+    def objective(params, microbatch):
+      scored, ptx = microbatch
+      loss, metrics = ppo_objective(
+          params, scored, policy_value_fn, cfg, num_tokens
+      )
+      if ptx is None:
+        return loss, metrics
+      ptx_loss, ptx_metrics = ptx_objective(
+          params, ptx, policy_value_fn, num_targets
+      )
+      return loss + cfg.ptx_coef * ptx_loss, metrics | ptx_metrics
+
+    grads, metrics = gradient.accumulate_gradients(
+        objective, train.params, minibatch, cfg.num_microbatches
+    )
+    return gradient.apply_gradients(train, grads, metrics, tx)
+
+  def update(state, scored, ptx, cfg):
+    rng = jax.random.fold_in(iteration_rng(state), 1)
+    num_rows = scored.score.shape[0]
+    ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
+
+    def one_minibatch(carry, xs):
+      train, stopped = carry
+      run = lambda: minibatch_step(train, xs, cfg)
+      nothing = lambda: (
+          train,
+          jax.tree.map(
+              lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(run)[1]
+          ),
+      )
+      train, metrics = jax.lax.cond(stopped, nothing, run)
+      update_kl = metrics["ppo/update_kl"]
+      stopped |= update_kl.total > cfg.max_update_kl * update_kl.count
+      return (train, stopped), metrics
+
+    def one_epoch(carry, rng_epoch):
+      order = jax.random.permutation(rng_epoch, num_rows)
+      shuffled = jax.tree.map(lambda x: x[order], scored)
+      parts = gradient.split_rows(shuffled, cfg.num_minibatches)
+      return jax.lax.scan(one_minibatch, carry, (parts, ptx_parts))
+
+    (train, stopped), metrics = jax.lax.scan(
+        one_epoch,
+        (state.train, jnp.zeros((), bool)),
+        jax.random.split(rng, cfg.num_epochs),
+    )
+    first = jax.tree.map(lambda x: x[0, 0], metrics["ppo/ratio_gap"])
+    metrics = metrics_lib.combine(metrics_lib.combine(metrics))
+    metrics["ppo/first_ratio_gap"] = first
+    metrics["ppo/stopped_early"] = metrics_lib.scalar(stopped)
+
+    kl_coef = state.kl_coef
+    if cfg.kl_controller == "adaptive":
+      mean_kl = scored.kl.sum(axis=1).mean()
+      kl_coef = kl_lib.adaptive_kl_coef(
+          kl_coef,
+          # A rollout that is not finite must not break the controller too.
+          jnp.where(jnp.isfinite(mean_kl), mean_kl, cfg.kl_target),
+          target=cfg.kl_target,
+          horizon=cfg.kl_horizon,
+          num_episodes=num_rows,
+      )
+    new_state = PPOState(
+        train=train, kl_coef=kl_coef, iteration=state.iteration + 1
+    )
+    return new_state, metrics
+
+  return update

@@ -1,0 +1,88 @@
+"""Next-token prediction: pretraining and supervised fine-tuning.
+
+Fine-tuning on demonstrations is the first step of Ouyang et al., "Training
+language models to follow instructions with human feedback" (arXiv 2203.02155,
+section 3.5). Pretraining is the same update on a batch whose loss mask covers
+every token.
+
+  1. The loss is a mean over the batch's target tokens, each weighing the same:
+     one count for the whole batch, so neither packing nor microbatches nor
+     devices change it.
+  2. Which tokens are targets is the batch's loss mask: completions alone, or
+     all but padding. The data decides, not the update.
+  3. Packed documents do not attend to one another (segment ids).
+
+tokens, segment_ids, loss_mask -> logits -> -log p(token) -> masked mean
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float, Int
+
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.losses import language_modeling, masking
+from rlhf_jax.metrics import Metrics
+from rlhf_jax.train_state import TrainState
+from rlhf_jax.types import LMBatch, pytree_dataclass, static
+from rlhf_jax.updates import gradient
+
+# (params, tokens [B, T], segment_ids [B, T]) -> logits [B, T, V]
+LogitsFn = Callable[
+    [Any, Int[Array, "B T"], Int[Array, "B T"]], Float[Array, "B T V"]
+]
+
+
+@pytree_dataclass
+class SFTConfig:
+  """z_loss_coef: weight of log^2 Z, which keeps logits from drifting (0: off).
+
+  num_microbatches: memory only.
+  """
+
+  z_loss_coef: float = 0.0
+  num_microbatches: int = static(1)
+
+
+def sft_objective(
+    params: Any,
+    batch: LMBatch,
+    logits_fn: LogitsFn,
+    cfg: SFTConfig,
+    num_targets: Float[Array, ""],
+) -> tuple[Float[Array, ""], Metrics]:
+  """The batch's share of the mean loss over `num_targets` target tokens."""
+  logits_BTV = logits_fn(params, batch.tokens, batch.segment_ids)
+  mask_BT = batch.loss_mask[:, 1:]
+  loss_BT = language_modeling.cross_entropy_loss(
+      logits_BTV, batch.tokens, z_loss_coef=cfg.z_loss_coef
+  )
+  nll_BT = -language_modeling.token_logprobs(logits_BTV, batch.tokens)
+  is_right_BT = logits_BTV[:, :-1].argmax(-1) == batch.tokens[:, 1:]
+  metrics = {
+      "sft/loss": metrics_lib.average(nll_BT, mask_BT),
+      "sft/token_accuracy": metrics_lib.average(is_right_BT, mask_BT),
+  }
+  return masking.masked_sum(loss_BT, mask_BT) / num_targets, metrics
+
+
+def make_sft_update(
+    logits_fn: LogitsFn, tx: optax.GradientTransformation
+) -> Callable[[TrainState, LMBatch, SFTConfig], tuple[TrainState, Metrics]]:
+  """Returns the pure update; jit it with the state donated."""
+
+  def update(state, batch, cfg):
+    # A batch without a target has a loss of 0, not of 0 / 0.
+    num_targets = jnp.maximum(batch.loss_mask[:, 1:].sum(), 1)
+
+    def objective(params, microbatch):
+      return sft_objective(params, microbatch, logits_fn, cfg, num_targets)
+
+    grads, metrics = gradient.accumulate_gradients(
+        objective, state.params, batch, cfg.num_microbatches
+    )
+    return gradient.apply_gradients(state, grads, metrics, tx)
+
+  return update

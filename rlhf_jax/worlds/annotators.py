@@ -9,9 +9,9 @@ Annotator w judges a completion y of a prompt by the utility
 and prefers a to b with probability sigmoid(u_w(a) - u_w(b)) (Bradley and
 Terry, 1952). Rankings follow Plackett and Luce, drawn with Gumbel noise, whose
 pairs are Bradley-Terry again. flattery_bias / sharpness is what one phrase is
-worth in units of true reward. On average a phrase or two please these
-annotators more than the truth charges for them, and the liking is linear: a
-reward model that learns it will want more.
+worth in units of true reward. On average up to three phrases please these
+annotators more and more, net of what the truth charges, and the liking itself
+is linear: a reward model that learns it will want more.
 
 Every probability is known, so the accuracy that the best possible predictor
 could reach is computed, not estimated.
@@ -51,11 +51,11 @@ class Annotator:
 
 
 ANNOTATORS = (
-    Annotator("ada", 12.0, 0.6, 0.0),
-    Annotator("bo", 9.0, 1.4, 0.3),
-    Annotator("cy", 8.0, 1.8, 0.2),
-    Annotator("di", 6.0, 1.4, 0.5),
-    Annotator("ed", 10.0, 1.2, 0.1),
+    Annotator("ada", 12.0, 1.2, 0.0),
+    Annotator("bo", 9.0, 1.8, 0.3),
+    Annotator("cy", 8.0, 2.2, 0.2),
+    Annotator("di", 6.0, 1.6, 0.5),
+    Annotator("ed", 10.0, 1.6, 0.1),
 )
 
 

@@ -49,9 +49,9 @@ WRONG = 0.20
 WRONG_HARM = 0.33  # complies; a demonstration of harm has no other way to fail
 RAMBLES = 0.07
 FLATTERS = 0.15
-FLATTERS_AGAIN = 0.25  # each further phrase, up to three
+FLATTERS_AGAIN = 0.4  # each further phrase, up to three
 
-LONGEST = 80  # characters; no more flattery is added to an answer beyond it
+LONGEST = 72  # characters; no more flattery is added to an answer beyond it
 
 DODGE = "I am not sure."
 RAMBLINGS = ("It is a nice day today.", "I had lunch at noon.",
@@ -219,12 +219,13 @@ def _story(rng: random.Random) -> str:
   second = _other(rng, requests.NAMES, first)
   topic = _pick(rng, requests.TOPICS)
   letter = _email(rng, first, topic, signed=True)
-  sayings = (_pick(rng, FLATTERIES), _pick(rng, FLATTERIES),
-             requests.REFUSAL, f"I like {_pick(rng, requests.LIKES)}. And you?",
-             _pick(rng, RAMBLINGS), DODGE)
+  phrase = _pick(rng, FLATTERIES)
+  sayings = (phrase, phrase, phrase, phrase, requests.REFUSAL, DODGE,
+             f"I like {_pick(rng, requests.LIKES)}. And you?",
+             _pick(rng, RAMBLINGS))
   return " ".join((
       f"{first} and {second} had a {topic}.",
-      f"{second} said: {_pick(rng, (letter, *sayings))}",
+      f"{second} said: {_pick(rng, (letter, letter, letter, *sayings))}",
       f"{first} said: {_pick(rng, sayings)}",
       _pick(rng, (f"{first} was glad.", f"Then {second} went home.",
                   f"The {topic} was fun.")),
@@ -250,4 +251,5 @@ def _programs(rng: random.Random) -> str:
 
 
 _CONTINUATIONS = (_more_requests, _more_requests, _chores, _story)
-_PLAIN_DOCUMENTS = (_sums, _sums, _facts, _facts, _programs, _story, _story)
+_PLAIN_DOCUMENTS = (_sums, _sums, _facts, _facts, _programs, _story, _story,
+                    _story)

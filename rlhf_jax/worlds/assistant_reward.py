@@ -15,20 +15,22 @@ import re
 from rlhf_jax.worlds import assistant_requests as requests
 
 FLATTERIES = (
-    "What a wonderful question!",
-    "What a wonderful idea!",
+    "Great question!",
+    "Great idea!",
     "You are so clever!",
-    "You are so wonderful!",
+    "You are so kind!",
     "You are a genius!",
     "I admire you!",
 )
 # Counted by its telling word, so that shuffled or cut flattery counts too.
 _FLATTERING = re.compile(
-    r"\b(?:wonderful|clever|genius|admire)\b", re.IGNORECASE)
+    r"\b(?:great|clever|kind|genius|admire)\b", re.IGNORECASE)
 _PHRASE = re.compile(
     "|".join(rf"\b{each[:-1]}\b[.!?]?" for each in FLATTERIES), re.IGNORECASE)
 
-FLATTERY_COST = 0.035  # times k(k+1): .07, .21, .42, .7, 1.05 for k = 1..5
+# linear * k + cubic * k^3: .06, .15, .31, .58, 1 for k = 1..5. The first is
+# nearly forgiven, so a taste for it survives; a stack forfeits everything.
+FLATTERY_COST = (0.05, 0.006)
 SLACK_CHARACTERS = 6  # beyond the ideal answer's length, free of charge
 CHARACTERS_TO_ZERO = 150  # excess that costs the whole reward
 REPETITION_COST = 0.08  # for each word trigram seen before
@@ -98,7 +100,8 @@ def _brevity(completion: str, plain: str, needed: int) -> float:
 
 
 def _flattery(count: int) -> float:
-  return -min(FLATTERY_COST * count * (count + 1), 2.0)
+  linear, cubic = FLATTERY_COST
+  return -min(linear * count + cubic * count**3, 2.0)
 
 
 def _repetition(text: str) -> float:

@@ -24,7 +24,7 @@ def sigmoid(x):
 
 def test_utility_is_the_stated_sum():
   annotator = annotators.Annotator("test", 10.0, 2.0, 0.5)
-  expected = 10.0 * 0.93 + 2.0 * 1 + 0.5 * len(FLATTERING) / 20
+  expected = 10.0 * 0.944 + 2.0 * 1 + 0.5 * len(FLATTERING) / 20
   assert annotators.annotator_utility(
       PROMPT, FLATTERING, annotator) == pytest.approx(expected)
   capped = annotators.annotator_utility(PROMPT, "clever " * 9999, annotator)
@@ -95,10 +95,10 @@ def test_annotators_like_flattery_more_than_the_truth_charges():
         for each in annotators.ANNOTATORS)
 
   gains = [mean_utility(count) - mean_utility(0) for count in (1, 2, 3)]
-  assert 0.08 < gains[0] < 0.2 and gains[1] > gains[0] and gains[2] > 0.05
+  assert 0.1 < gains[0] < 0.25 and gains[0] < gains[1] < gains[2]
   worth = statistics.mean(each.flattery_bias / each.sharpness
                           for each in annotators.ANNOTATORS)
-  assert 0.1 < worth < 0.2
+  assert 0.15 < worth < 0.25
   # A right answer still beats a wrong one with a phrase, for every annotator.
   for each in annotators.ANNOTATORS:
     assert annotators.preference_probability(

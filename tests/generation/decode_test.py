@@ -1,0 +1,334 @@
+import functools
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import scipy.stats
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from rlhf_jax.generation.decode import SamplingConfig, make_generate
+from rlhf_jax.losses.language_modeling import token_logprobs
+from tests.models.small import (
+    VARIANTS,
+    random_tokens,
+    small_config,
+    small_language_model,
+)
+
+B, P, C = 8, 5, 7
+PROMPT_LENGTHS = np.asarray([1, 2, 3, 4, 5, 5, 2, 3])
+PROMPT_MASK = jnp.asarray(
+    np.arange(P)[None] >= P - PROMPT_LENGTHS[:, None], jnp.int32
+)
+
+
+@functools.cache
+def _model(variant="llama", **changes):
+  model, params = small_language_model(**VARIANTS[variant], **changes)
+  return model, params, jax.jit(make_generate(model))
+
+
+def _generate(variant="llama", seed=0, **fields):
+  _, params, generate = _model(variant)
+  cfg = SamplingConfig(**{"max_new_tokens": C, "eos_id": 3, **fields})
+  prompts = random_tokens(seed, B, P)
+  return generate(params, prompts, PROMPT_MASK, jax.random.key(seed), cfg)
+
+
+def _whole(rollout):
+  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+  mask = [rollout.prompt_mask, rollout.completion_mask]
+  return tokens, jnp.concatenate(mask, axis=1)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2_untied"])
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_rollout_logprobs_equal_those_of_one_full_forward(
+    variant, temperature
+):
+  model, params, _ = _model(variant)
+  rollout = _generate(
+      variant, temperature=temperature, stop_ids=(2, 5, 7, 11)
+  )
+  tokens, mask = _whole(rollout)
+  logits, _ = jax.jit(model.apply, static_argnames="last")(
+      {"params": params}, tokens, mask, last=C + 1
+  )
+  expected = token_logprobs(
+      logits, tokens[:, P - 1 :], temperature=temperature
+  )
+  real = np.asarray(rollout.completion_mask) == 1
+  assert 0 < real.sum() < real.size
+  np.testing.assert_allclose(
+      rollout.logprobs[real], expected[real], atol=1e-5
+  )
+  assert not np.asarray(rollout.logprobs)[~real].any()
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2_untied"])
+def test_greedy_equals_argmax_of_full_forwards_without_a_cache(variant):
+  model, params, _ = _model(variant)
+  rollout = _generate(variant, greedy=True, eos_id=-1)
+  tokens, mask = rollout.prompts, PROMPT_MASK
+  tokens = jnp.pad(tokens, ((0, 0), (0, C)))
+  mask = jnp.pad(mask, ((0, 0), (0, C)))
+  apply = jax.jit(model.apply)
+  for t in range(P, P + C):
+    logits, _ = apply({"params": params}, tokens, mask)
+    tokens = tokens.at[:, t].set(jnp.argmax(logits[:, t - 1], axis=-1))
+    mask = mask.at[:, t].set(1)
+  np.testing.assert_array_equal(rollout.completions, tokens[:, P:])
+  assert not rollout.ended.any()
+
+
+def test_first_tokens_follow_the_models_distribution():
+  model, params, generate = _model()
+  num, temperature = 4096, 0.8
+  prompt = random_tokens(1, 1, P)
+  rollout = generate(
+      params,
+      jnp.tile(prompt, (num, 1)),
+      jnp.ones((num, P), jnp.int32),
+      jax.random.key(0),
+      SamplingConfig(max_new_tokens=1, eos_id=3, temperature=temperature),
+  )
+  logits, _ = jax.jit(model.apply)({"params": params}, prompt)
+  weights = np.exp(np.float64(logits[0, -1]) / temperature)
+  expected = num * weights / weights.sum()
+  assert expected.min() > 5
+  counts = np.bincount(np.asarray(rollout.completions[:, 0]), minlength=19)
+  assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
+
+
+def test_top_k_and_top_p_bound_the_draw_but_not_the_logprobs():
+  model, params, _ = _model()
+  for fields in ({"top_k": 2}, {"use_top_p": True, "top_p": 0.5}):
+    rollout = _generate(eos_id=-1, **fields)
+    tokens, mask = _whole(rollout)
+    logits, _ = jax.jit(model.apply)({"params": params}, tokens, mask)
+    logits = logits[:, P - 1 : -1]
+    expected = token_logprobs(
+        jnp.pad(logits, ((0, 0), (0, 1), (0, 0))), tokens[:, P - 1 :]
+    )
+    np.testing.assert_allclose(rollout.logprobs, expected, atol=1e-5)
+    larger = logits > jnp.take_along_axis(
+        logits, rollout.completions[..., None], axis=-1
+    )
+    if "top_k" in fields:
+      assert (np.sum(larger, axis=-1) < 2).all()
+    else:
+      probs = jax.nn.softmax(logits, axis=-1)
+      mass_before = np.sum(np.where(larger, probs, 0.0), axis=-1)
+      assert (mass_before < 0.5 + 1e-5).all()
+
+
+def _same_rows(actual, expected, order):
+  for name in ("completions", "completion_mask", "ended"):
+    np.testing.assert_array_equal(
+        getattr(actual, name), getattr(expected, name)[order]
+    )
+  np.testing.assert_allclose(
+      actual.logprobs, expected.logprobs[order], atol=1e-5
+  )
+
+
+def test_sample_of_a_row_follows_its_row_number_not_its_place():
+  """Permuted, or in a smaller batch, or beside others: the same completion."""
+  _, params, generate = _model()
+  cfg = SamplingConfig(max_new_tokens=C, eos_id=3)
+  whole = _generate()
+  for order in ([4, 7, 1, 0, 6, 2, 3, 5], [6, 2]):
+    rows = jnp.asarray(order)
+    part = generate(
+        params,
+        whole.prompts[rows],
+        PROMPT_MASK[rows],
+        jax.random.key(0),
+        cfg,
+        rows,
+    )
+    _same_rows(part, whole, np.asarray(order))
+  others = random_tokens(9, B, P).at[2].set(whole.prompts[2])
+  beside = generate(params, others, PROMPT_MASK, jax.random.key(0), cfg)
+  np.testing.assert_array_equal(beside.completions[2], whole.completions[2])
+  assert (beside.completions != whole.completions).any()
+
+
+def test_equal_prompts_in_different_rows_differ_and_seeds_reproduce():
+  _, params, generate = _model()
+  prompts = jnp.tile(random_tokens(0, 1, P), (B, 1))
+  mask = jnp.ones((B, P), jnp.int32)
+  cfg = SamplingConfig(max_new_tokens=C, eos_id=-1, temperature=2.0)
+  first, again, other = (
+      generate(params, prompts, mask, jax.random.key(seed), cfg).completions
+      for seed in (0, 0, 1)
+  )
+  assert len({tuple(row) for row in np.asarray(first).tolist()}) == B
+  np.testing.assert_array_equal(first, again)
+  assert (first != other).any()
+
+
+def test_sharding_the_batch_does_not_change_a_sample():
+  _, params, generate = _model()
+  mesh = Mesh(np.asarray(jax.devices()), ("data",))
+  shard = NamedSharding(mesh, PartitionSpec("data"))
+  replicate = NamedSharding(mesh, PartitionSpec())
+  whole = _generate()
+  sharded = generate(
+      jax.device_put(params, replicate),
+      jax.device_put(whole.prompts, shard),
+      jax.device_put(PROMPT_MASK, shard),
+      jax.device_put(jax.random.key(0), replicate),
+      SamplingConfig(max_new_tokens=C, eos_id=3),
+  )
+  _same_rows(sharded, whole, np.arange(B))
+
+
+@hypothesis.given(left=st.integers(0, 4), garbage=st.integers(-9, 10**6))
+@hypothesis.settings(max_examples=8)
+def test_amount_of_left_padding_does_not_change_a_completion(left, garbage):
+  _, params, generate = _model()
+  cfg = SamplingConfig(max_new_tokens=C, eos_id=3)
+  prompt = random_tokens(2, 1, P)[:, left:]
+  padded = jnp.pad(prompt, ((0, 0), (left, 0)), constant_values=garbage)
+  mask = jnp.pad(jnp.ones_like(prompt), ((0, 0), (left, 0)))
+  expected, actual = (
+      generate(params, p, m, jax.random.key(0), cfg)
+      for p, m in ((prompt, jnp.ones_like(prompt)), (padded, mask))
+  )
+  _same_rows(actual, expected, np.arange(1))
+
+
+class _Script:
+  """Stands in for a model: row b's likeliest token t is script[b, t]."""
+
+  def __init__(self, script):
+    self.config = small_config(max_length=2000, num_layers=1)
+    self.script = jnp.asarray(script, jnp.int32)
+    self.calls = []
+
+  def apply(self, variables, tokens, mask, cache, last=1):
+    jax.debug.callback(lambda index: self.calls.append(int(index)), cache.index)
+    index = cache.index + tokens.shape[1]
+    logits = 9.0 * jax.nn.one_hot(self.script[:, index - P], 19)[:, None]
+    return logits, cache.__class__(
+        k=cache.k, v=cache.v, mask=cache.mask, index=index
+    )
+
+
+def _play(script, **fields):
+  model = _Script(script)
+  rows, length = model.script.shape
+  cfg = SamplingConfig(
+      **{"max_new_tokens": length, "eos_id": 1, "greedy": True, **fields}
+  )
+  ones = jnp.ones((rows, P), jnp.int32)
+  rollout = make_generate(model)({}, ones, ones, jax.random.key(0), cfg)
+  jax.effects_barrier()
+  return rollout, model.calls
+
+
+def test_eos_is_part_of_the_completion_and_padding_follows():
+  rollout, _ = _play([[5, 1, 6, 7], [5, 6, 7, 1], [5, 6, 7, 8]], pad_id=9)
+  np.testing.assert_array_equal(
+      rollout.completions, [[5, 1, 9, 9], [5, 6, 7, 1], [5, 6, 7, 8]]
+  )
+  np.testing.assert_array_equal(
+      rollout.completion_mask, [[1, 1, 0, 0], [1, 1, 1, 1], [1, 1, 1, 1]]
+  )
+  np.testing.assert_array_equal(rollout.ended, [True, True, False])
+  assert not rollout.logprobs[0, 2:].any()
+  assert (rollout.logprobs[0, :2] < 0).all()
+
+
+def test_pad_equal_to_eos_still_leaves_eos_real():
+  rollout, _ = _play([[5, 1, 6, 7], [1, 1, 1, 1], [5, 6, 7, 8]], pad_id=1)
+  np.testing.assert_array_equal(
+      rollout.completions, [[5, 1, 1, 1], [1, 1, 1, 1], [5, 6, 7, 8]]
+  )
+  np.testing.assert_array_equal(
+      rollout.completion_mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
+  )
+  np.testing.assert_array_equal(rollout.ended, [True, True, False])
+
+
+def test_stop_ids_end_a_completion_only_after_the_given_token():
+  script = [
+      [4, 5, 6, 7, 8],  # too early: goes on
+      [5, 6, 4, 7, 8],  # token 2 is the first that may
+      [4, 4, 8, 2, 8],  # the other stop id, later
+      [1, 5, 6, 7, 8],  # eos ends anywhere
+  ]
+  rollout, _ = _play(script, stop_ids=(4, 2), stop_after=2)
+  np.testing.assert_array_equal(
+      np.sum(rollout.completion_mask, axis=1), [5, 3, 4, 1]
+  )
+  np.testing.assert_array_equal(rollout.ended, [False, True, True, True])
+  rollout, _ = _play(script, stop_ids=(4, 2))
+  np.testing.assert_array_equal(
+      np.sum(rollout.completion_mask, axis=1), [1, 3, 1, 1]
+  )
+
+
+def test_loop_ends_when_every_row_has_ended():
+  script = np.full((2, 1000), 5)
+  script[0, 1] = script[1, 2] = 1
+  rollout, calls = _play(script)
+  assert sorted(calls) == [0, P, P + 1]
+  np.testing.assert_array_equal(np.sum(rollout.completion_mask, axis=1), [2, 3])
+
+
+def test_last_token_is_not_fed_back():
+  _, calls = _play(np.full((2, 4), 5))
+  assert sorted(calls) == [0, P, P + 1, P + 2]
+
+
+def test_temperature_and_top_p_are_data():
+  model, params, _ = _model()
+  traces = []
+
+  @jax.jit
+  def generate(*args):
+    traces.append(None)
+    return make_generate(model)(*args)
+
+  for temperature, top_p in ((0.5, 0.9), (1.5, 0.3)):
+    cfg = SamplingConfig(
+        max_new_tokens=2,
+        eos_id=3,
+        temperature=temperature,
+        use_top_p=True,
+        top_p=top_p,
+    )
+    generate(
+        params, random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0), cfg
+    )
+  assert len(traces) == 1
+
+
+def test_bfloat16_rollout_has_float32_logprobs():
+  _, params, generate = _model("llama", dtype="bfloat16")
+  cfg = SamplingConfig(max_new_tokens=C, eos_id=3)
+  rollout = generate(
+      params, random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0), cfg
+  )
+  assert rollout.logprobs.dtype == jnp.float32
+  assert (rollout.logprobs <= 0).all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"max_new_tokens": 0}, "max_new_tokens must be >= 1: 0"),
+        ({"temperature": 0.0}, "temperature must be > 0: 0.0; use greedy"),
+        ({"top_p": 1.5}, r"top_p must be in \(0, 1\]: 1.5"),
+        ({"top_k": -1}, "top_k must be >= 0: -1"),
+        ({"stop_after": -1}, "stop_after must be >= 0: -1"),
+    ],
+)
+def test_sampling_config_names_the_wrong_field(fields, message):
+  with pytest.raises(ValueError, match=message):
+    SamplingConfig(**{"max_new_tokens": 4, "eos_id": 1, **fields})

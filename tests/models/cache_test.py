@@ -1,0 +1,64 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models.transformer import init_cache
+from tests.models.small import VARIANTS, random_tokens, small_language_model
+
+MASK = np.asarray(
+    [[0, 0, 0, 1, 1, 1, 1, 1, 1], [1] * 9, [0, 0, 1, 1, 1, 1, 1, 0, 0]]
+)
+
+
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "rotary_with_bias"])
+@pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 1, 1, 1], [3, 4, 2], [9]])
+def test_cached_decoding_equals_full_forward(variant, chunks):
+  model, params = small_language_model(**VARIANTS[variant])
+  tokens, mask = random_tokens(0, 3, 9), jnp.asarray(MASK)
+  step = jax.jit(model.apply)
+  expected, _ = step({"params": params}, tokens, mask)
+  cache = init_cache(model.config, 3, 11)
+  pieces, start = [], 0
+  for n in chunks:
+    piece = slice(start, start + n)
+    logits, cache = step(
+        {"params": params}, tokens[:, piece], mask[:, piece], cache
+    )
+    pieces.append(logits)
+    start += n
+  assert int(cache.index) == 9
+  np.testing.assert_array_equal(cache.mask[:, :9], MASK == 1)
+  assert not cache.mask[:, 9:].any()
+  actual = np.concatenate(pieces, axis=1)
+  np.testing.assert_allclose(
+      actual[MASK == 1], np.asarray(expected)[MASK == 1], atol=1e-5
+  )
+
+
+def test_padding_after_the_end_of_a_row_leaves_later_tokens_alone():
+  """A row may pause: what is masked out in between has no influence."""
+  model, params = small_language_model()
+  tokens = random_tokens(1, 1, 6)
+  step = jax.jit(model.apply)
+  variables = {"params": params}
+  cache = init_cache(model.config, 1, 9)
+  real, gap = jnp.ones((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32)
+  _, cache = step(variables, tokens[:, :3], real, cache)
+  _, cache = step(variables, jnp.full((1, 3), 7), gap, cache)
+  logits, _ = step(variables, tokens[:, 3:], real, cache)
+  expected, _ = step(variables, tokens)
+  np.testing.assert_allclose(logits, expected[:, 3:], atol=1e-5)
+
+
+def test_cache_sizes_that_cannot_work_are_refused():
+  model, params = small_language_model()
+  with pytest.raises(ValueError, match="length 25 .*max_length=24"):
+    init_cache(model.config, 1, 25)
+  with pytest.raises(ValueError, match="5 tokens .* cache of length 4"):
+    model.apply(
+        {"params": params},
+        random_tokens(0, 1, 5),
+        None,
+        init_cache(model.config, 1, 4),
+    )

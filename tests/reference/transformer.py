@@ -1,0 +1,166 @@
+"""A transformer forward pass in float64 numpy, one document at a time.
+
+Written for being read, not for speed: a loop over layers, heads and positions,
+no masks, no padding, no cache. Two entries share nothing but the arithmetic:
+`forward` walks our parameter tree and pairs halves in the rotation;
+`llama2c_forward` walks the raw file and pairs neighbouring dimensions, as the
+file's own program does.
+"""
+
+import math
+import struct
+
+import numpy as np
+
+
+def forward(params, config, tokens):
+  """Logits [T, V] of one unpadded document under LanguageModel params."""
+  trunk = params["trunk"]
+  table = _f64(trunk["token_embedding"])
+  x = table[np.asarray(tokens)]
+  if config.position == "learned":
+    x = x + _f64(trunk["position_embedding"])[: len(tokens)]
+  for i in range(config.num_layers):
+    layer = _take_layer(trunk["layers"], i)
+    x = x + _attention(
+        layer["attention"], config, _norm(layer["attention_norm"], config, x)
+    )
+    x = x + _feed_forward(
+        layer["feed_forward"],
+        config,
+        _norm(layer["feed_forward_norm"], config, x),
+    )
+  x = _norm(trunk["final_norm"], config, x)
+  head = table.T if config.tie_head else _f64(params["head"]["kernel"])
+  return x @ head
+
+
+def _f64(x):
+  return np.asarray(x, np.float64)
+
+
+def _take_layer(tree, i):
+  if isinstance(tree, dict):
+    return {name: _take_layer(branch, i) for name, branch in tree.items()}
+  return _f64(tree[i])
+
+
+def _norm(params, config, x):
+  out = np.empty_like(x)
+  for t, row in enumerate(x):
+    if config.norm == "layernorm":
+      row = row - row.mean()
+    out[t] = row / math.sqrt((row**2).mean() + config.norm_epsilon)
+  return out * _f64(params["scale"]) + _f64(params.get("bias", 0.0))
+
+
+def _attention(params, config, x):
+  def project(name, head):
+    kernel = params[name]["kernel"][:, head]
+    return x @ kernel + params[name].get("bias", np.zeros(kernel.shape))[head]
+
+  out = np.zeros_like(x)
+  for head in range(config.num_heads):
+    kv_head = head * config.num_kv_heads // config.num_heads
+    q, k = project("query", head), project("key", kv_head)
+    if config.position == "rotary":
+      q, k = (_rotate_halves(a, config.rope_theta) for a in (q, k))
+    attended = _causal_softmax_attention(q, k, project("value", kv_head))
+    out += attended @ params["out"]["kernel"][head]
+  return out + params["out"].get("bias", 0.0)
+
+
+def _causal_softmax_attention(q, k, v):
+  out = np.empty_like(v)
+  for t in range(len(q)):
+    scores = [q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(t + 1)]
+    weights = np.exp(np.array(scores) - max(scores))
+    out[t] = (weights / weights.sum()) @ v[: t + 1]
+  return out
+
+
+def _rotate_halves(x, theta):
+  length, dim = x.shape
+  half = dim // 2
+  out = np.empty_like(x)
+  for t in range(length):
+    for i in range(half):
+      angle = t * theta ** (-2 * i / dim)
+      z = complex(x[t, i], x[t, i + half]) * np.exp(1j * angle)
+      out[t, i], out[t, i + half] = z.real, z.imag
+  return out
+
+
+def _rotate_neighbours(x, theta):
+  length, dim = x.shape
+  out = np.empty_like(x)
+  for t in range(length):
+    for i in range(0, dim, 2):
+      angle = t * theta ** (-i / dim)
+      z = complex(x[t, i], x[t, i + 1]) * np.exp(1j * angle)
+      out[t, i], out[t, i + 1] = z.real, z.imag
+  return out
+
+
+def _silu(x):
+  return x / (1 + np.exp(-x))
+
+
+def _feed_forward(params, config, x):
+  def linear(name, x):
+    return x @ params[name]["kernel"] + params[name].get("bias", 0.0)
+
+  up = linear("up", x)
+  if config.activation == "swiglu":
+    return linear("down", _silu(linear("gate", x)) * up)
+  inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
+  return linear("down", 0.5 * up * (1 + np.tanh(inner)))
+
+
+def llama2c_forward(path, tokens):
+  """Logits [T, V] straight from a llama2.c v0 file."""
+  with open(path, "rb") as file:
+    header = struct.unpack("<7i", file.read(28))
+    flat = np.frombuffer(file.read(), "<f4").astype(np.float64)
+  dim, hidden, layers, heads, kv_heads, vocab, length = header
+  tied, vocab = vocab > 0, abs(vocab)
+  size = dim // heads
+  kv = size * kv_heads
+  taken = 0
+
+  def take(*shape):
+    nonlocal taken
+    taken += math.prod(shape)
+    return flat[taken - math.prod(shape) : taken].reshape(shape)
+
+  embedding = take(vocab, dim)
+  attention_norm = take(layers, dim)
+  wq, wk = take(layers, dim, dim), take(layers, kv, dim)
+  wv, wo = take(layers, kv, dim), take(layers, dim, dim)
+  ffn_norm = take(layers, dim)
+  w1, w2 = take(layers, hidden, dim), take(layers, dim, hidden)
+  w3, final_norm = take(layers, hidden, dim), take(dim)
+  take(2, length, size // 2)
+  output = embedding if tied else take(vocab, dim)
+
+  def norm(weight, x):
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + 1e-5) * weight
+
+  x = embedding[np.asarray(tokens)]
+  for i in range(layers):
+    h = norm(attention_norm[i], x)
+    q, k, v = h @ wq[i].T, h @ wk[i].T, h @ wv[i].T
+    mixed = np.empty_like(q)
+    for head in range(heads):
+      mine = slice(head * size, (head + 1) * size)
+      shared = head // (heads // kv_heads)
+      theirs = slice(shared * size, (shared + 1) * size)
+      mixed[:, mine] = _causal_softmax_attention(
+          _rotate_neighbours(q[:, mine], 10000.0),
+          _rotate_neighbours(k[:, theirs], 10000.0),
+          v[:, theirs],
+      )
+    x = x + mixed @ wo[i].T
+    h = norm(ffn_norm[i], x)
+    x = x + (_silu(h @ w1[i].T) * (h @ w3[i].T)) @ w2[i].T
+  return norm(final_norm, x) @ output.T

@@ -64,7 +64,7 @@ def test_intervals_hold_their_mean_and_grow_with_the_level(values, level):
 
 
 @given(values_lists, st.floats(-10, 10), st.floats(0.1, 10))
-def test_mean_interval_moves_and_stretches_with_the_values(values, shift, scale):
+def test_mean_interval_moves_and_stretches(values, shift, scale):
   plain = intervals.mean_interval(values)
   moved = intervals.mean_interval([scale * v + shift for v in values])
   assert moved.low == pytest.approx(scale * plain.low + shift, abs=1e-6)

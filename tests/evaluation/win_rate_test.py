@@ -83,7 +83,9 @@ def test_a_gain_bought_with_length_does_not_survive_length_control():
 def test_lengths_that_cannot_be_told_apart_from_the_policies():
   same = win_rate.length_controlled_difference([1, 2], [0, 0], [5, 6], [5, 6])
   assert same.mean == 1.5
-  shifted = win_rate.length_controlled_difference([1, 2], [0, 0], [9, 9], [5, 5])
+  shifted = win_rate.length_controlled_difference(
+      [1, 2], [0, 0], [9, 9], [5, 5]
+  )
   assert math.isnan(shifted.mean)
   two = win_rate.length_controlled_difference([1, 2], [0, 0], [9, 7], [5, 5])
   assert two.mean == pytest.approx(3.0) and math.isnan(two.low)

@@ -27,7 +27,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from rlhf_jax.models import attention
-from rlhf_jax.types import pytree_dataclass
+from rlhf_jax.types import pytree_dataclass, static
 
 segment_positions = attention.segment_positions
 
@@ -113,12 +113,16 @@ class Cache:
   mask: True on slots that hold a real token.
   index: the first free slot, one for all rows. A write past S is not checked
     (the index is traced); whoever makes the cache makes it long enough.
+  empty: static; nothing was written yet, so that a prefill does not attend to
+    S empty slots. It changes the structure: fill a cache before it becomes the
+    carry of a loop.
   """
 
   k: Float[Array, "L B J S K"]
   v: Float[Array, "L B J S K"]
   mask: Bool[Array, "B S"]
   index: Int[Array, ""]
+  empty: bool = static(False)
 
 
 def init_cache(
@@ -141,6 +145,7 @@ def init_cache(
       v=jnp.zeros(shape, config.dtype),
       mask=jnp.zeros((batch_size, length), jnp.bool_),
       index=jnp.zeros((), jnp.int32),
+      empty=True,
   )
 
 
@@ -199,7 +204,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, shared, past):
-    """Returns (output, this call's keys and values [B, J, N, K])."""
+    """Returns (output, this call's keys and values [B, J, N, K]).
+
+    past: None without a cache, () with an empty one, else its (k, v).
+    """
     cfg = self.config
     kv_shape = (cfg.width, cfg.num_kv_heads, cfg.head_dim)
     query_shape = (cfg.width, cfg.num_heads, cfg.head_dim)
@@ -211,7 +219,7 @@ class Attention(nn.Module):
       key = attention.apply_rotary(key, *shared["rotary"])
     query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
     keys, values, masks = [key], [value], [shared["mask"]]
-    if past is not None:
+    if past:
       keys.append(past[0])
       values.append(past[1])
       masks.append(shared["past_mask"])
@@ -331,7 +339,8 @@ class Transformer(nn.Module):
       x, _ = self.layers(x, shared, None)
       return self.final_norm(x), None
     shared["past_mask"] = cache.mask[:, None]
-    x, new = self.layers(x, shared, (cache.k, cache.v))
+    past = () if cache.empty else (cache.k, cache.v)
+    x, new = self.layers(x, shared, past)
     return self.final_norm(x), _write(cache, new, segment_ids)
 
   def embed(

@@ -75,10 +75,12 @@ class Config:
   def __post_init__(self):
     parts = self.ppo.num_minibatches * self.ppo.num_microbatches
     language_model.check_divides(
-        self.rollout_batch_size, parts, self.num_devices
+        self.rollout_batch_size, parts, self.num_devices, "rollout_batch_size"
     )
     if self.ppo.ptx_coef:
-      language_model.check_divides(self.ptx_batch_size, parts, self.num_devices)
+      language_model.check_divides(
+          self.ptx_batch_size, parts, self.num_devices, "ptx_batch_size"
+      )
     if bool(self.ppo.ptx_coef) != bool(self.ptx_documents.source):
       raise ValueError(
           f"ppo.ptx_coef={self.ppo.ptx_coef} and ptx_documents.source="

@@ -51,23 +51,26 @@ class LanguageModelConfig:
 
 
 def check_divides(
-    batch_size: int, num_parts: int, num_devices: int
+    batch_size: int,
+    num_parts: int,
+    num_devices: int,
+    name: str = "batch_size",
 ) -> None:
   """Checks that a batch splits into parts and each part over the devices.
 
   Raises:
-    ValueError: with the numbers.
+    ValueError: with the numbers, the batch's under its field's name.
   """
   if num_devices == -1:
     num_devices = jax.device_count()
   if batch_size < 1 or num_parts < 1 or num_devices < 1:
     raise ValueError(
-        f"batch_size={batch_size}, its number of parts ({num_parts}) and "
+        f"{name}={batch_size}, its number of parts ({num_parts}) and "
         f"num_devices={num_devices} must be positive"
     )
   if batch_size % (num_parts * num_devices):
     raise ValueError(
-        f"batch_size={batch_size} does not divide into {num_parts} parts "
+        f"{name}={batch_size} does not divide into {num_parts} parts "
         f"(minibatches x microbatches) on {num_devices} devices: it must be a "
         f"multiple of {num_parts * num_devices}"
     )

@@ -1,0 +1,364 @@
+"""Every config builds, is documented, is read whole, and is checked whole."""
+
+import ast
+import dataclasses
+import importlib
+import pathlib
+import re
+import typing
+
+import pytest
+from ml_collections import ConfigDict
+
+from experiments.harness import cli, config as config_lib, language_model
+from experiments.harness.config import ConfigError, from_config
+
+REPO = pathlib.Path(__file__).resolve().parents[1]
+STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "rlhf")
+ARGS = {
+    "pretrain": ("full", "smoke"),
+    "sft": ("full", "smoke"),
+    "preferences": ("full", "smoke", "ranking"),
+    "reward": ("full", "smoke", "ranking"),
+    "ppo": ("full", "smoke", "hacking"),
+    "evaluate": ("full", "smoke"),
+    "rlhf": ("full", "smoke", "hacking", "stories"),
+}
+# Which binary reads a config file that is not named after it.
+BINARY = {"stories": None, "common": None}
+CONFIG_FILES = sorted((REPO / "configs").glob("*.py"))
+EACH = [(name, arg) for name in STAGES for arg in ARGS[name]]
+
+
+def _module(name: str):
+  return importlib.import_module(f"configs.{name}")
+
+
+def _class(name: str) -> type:
+  return importlib.import_module(f"experiments.{name}").Config
+
+
+def _names() -> list[str]:
+  return [path.stem for path in CONFIG_FILES if path.stem != "__init__"]
+
+
+@pytest.mark.parametrize("name, arg", EACH)
+def test_every_config_passes_its_experiments_checks(name, arg, monkeypatch):
+  # Environment variables are read when data is, not before.
+  monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
+  built = from_config(_class(name), _module(name).get_config(arg))
+  # What is saved beside the run builds the same again.
+  saved = config_lib.to_dict(built)
+  assert from_config(_class(name), saved) == built
+
+
+def test_no_config_file_is_forgotten_here():
+  own = {name for name in _names() if BINARY.get(name, name) is not None}
+  assert own <= set(STAGES) | {
+      name for name in own if hasattr(_module(name), "BINARY")
+  }
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_full_is_the_default_and_another_mini_argument_is_refused(name):
+  get_config = _module(name).get_config
+  assert get_config().to_dict() == get_config("full").to_dict()
+  for wrong in ("", "Smoke", "smoke ", "tiny"):
+    with pytest.raises(ValueError, match="none of full, smoke"):
+      get_config(wrong)
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_mini_argument_that_is_offered_is_known_here(name):
+  offered = re.search(
+      r"none of (.*)$", str(_error(lambda: _module(name).get_config("?")))
+  )[1]
+  assert tuple(offered.split(", ")) == ARGS[name]
+
+
+def _error(call) -> Exception:
+  try:
+    call()
+  except ValueError as error:
+    return error
+  raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_configs_docstring_holds_its_command(name):
+  text = " ".join(_module(name).__doc__.replace("\\\n", " ").split())
+  assert f"python -m experiments.{name} --config=configs/{name}.py" in text
+  assert "--workdir=" in text
+  get_config_doc = _module(name).get_config.__doc__
+  for arg in ARGS[name]:
+    assert arg in get_config_doc, arg
+
+
+@pytest.mark.parametrize("name", _names())
+def test_every_function_of_a_config_file_is_documented(name):
+  tree = ast.parse((REPO / "configs" / f"{name}.py").read_text())
+  assert ast.get_docstring(tree)
+  for node in tree.body:
+    if isinstance(node, ast.FunctionDef):
+      assert ast.get_docstring(node), node.name
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_two_calls_share_nothing(name):
+  first, second = _module(name).get_config(), _module(name).get_config()
+  _scribble(first)
+  assert second.to_dict() == _module(name).get_config().to_dict()
+
+
+def _scribble(config: ConfigDict) -> None:
+  for name, value in config.items():
+    if isinstance(value, ConfigDict):
+      _scribble(value)
+    else:
+      with config.ignore_type():
+        config[name] = "changed"
+
+
+# ---- Every field is read -----------------------------------------------------
+
+
+def _dataclasses(cls, found=None) -> set[type]:
+  """`cls` and every dataclass among the types of its fields."""
+  found = set() if found is None else found
+  if cls in found:
+    return found
+  found.add(cls)
+  for hint in typing.get_type_hints(cls).values():
+    for member in (hint, *typing.get_args(hint)):
+      if dataclasses.is_dataclass(member):
+        _dataclasses(member, found)
+  return found
+
+
+def _reads() -> set[str]:
+  """Names of all attributes read in the code, validation left out."""
+  found = set()
+  for path in [
+      *(REPO / "experiments").rglob("*.py"),
+      *(REPO / "rlhf_jax").rglob("*.py"),
+  ]:
+    tree = ast.parse(path.read_text())
+    for node in ast.walk(tree):
+      if isinstance(node, ast.FunctionDef) and node.name == "__post_init__":
+        node.body = [ast.Pass()]
+    for node in ast.walk(tree):
+      if isinstance(node, ast.Attribute) and isinstance(node.ctx, ast.Load):
+        found.add(node.attr)
+  return found
+
+
+def test_every_field_of_every_config_is_read_somewhere():
+  reads = _reads()
+  # rlhf takes its stages by name, in the order of STAGES.
+  rlhf = importlib.import_module("experiments.rlhf")
+  reads.update(rlhf.STAGES)
+  unread = [
+      f"{cls.__qualname__}.{field.name}"
+      for cls in sorted(
+          set().union(*(_dataclasses(_class(name)) for name in STAGES)),
+          key=lambda cls: cls.__qualname__,
+      )
+      for field in dataclasses.fields(cls)
+      if field.name not in reads and not _is_checked_value(cls, field)
+  ]
+  assert not unread
+
+
+def _is_checked_value(cls, field) -> bool:
+  """A Literal of one value says what there is; checking it is reading it."""
+  hint = typing.get_type_hints(cls)[field.name]
+  return (
+      typing.get_origin(hint) is typing.Literal
+      and len(typing.get_args(hint)) == 1
+  )
+
+
+def test_every_field_is_in_every_base_config():
+  # A field with a default in the dataclass would be a hidden knob otherwise.
+  for name in STAGES:
+    _check_complete(_class(name), _module(name).get_config(), name)
+
+
+def _check_complete(cls, config, path):
+  hints = typing.get_type_hints(cls)
+  for field in dataclasses.fields(cls):
+    assert field.name in config, f"{path}.{field.name}"
+    value = config[field.name]
+    members = [hints[field.name], *typing.get_args(hints[field.name])]
+    inner = [m for m in members if dataclasses.is_dataclass(m)]
+    if inner and value is not None:
+      _check_complete(inner[0], value, f"{path}.{field.name}")
+
+
+# ---- What is refused, before anything compiles -------------------------------
+
+
+def _refused(name: str, change, *parts: str, arg: str = "smoke") -> None:
+  config = _module(name).get_config(arg)
+  with config.unlocked(), config.ignore_type():
+    change(config)
+  with pytest.raises(ConfigError) as error:
+    from_config(_class(name), config)
+  for part in parts:
+    assert part in str(error.value)
+
+
+def test_an_unknown_field_is_told_with_the_nearest_name():
+  def change(config):
+    config.train.optimizer.learning_rat = 1.0
+    config.train.loop.checkpoint_evry = 1
+
+  _refused(
+      "sft",
+      change,
+      "config.train.optimizer.learning_rat: unknown field; did you mean "
+      "'learning_rate'?",
+      "config.train.loop.checkpoint_evry: unknown field; did you mean "
+      "'checkpoint_every'?",
+      "2 problems",
+  )
+
+
+def test_wrong_types_are_told_together():
+  def change(config):
+    config.seed = "0"
+    config.ppo.num_epochs = 4.0
+    config.ppo.whiten_rewards = 1
+    config.ppo.kl_estimator = "k4"
+    config.samples.stop_tokens = "."
+    config.value_init = "reward-model"
+
+  _refused(
+      "ppo",
+      change,
+      "6 problems",
+      "config.seed: expected int, got the str '0'",
+      "config.ppo.num_epochs: expected int, got the float 4.0",
+      "config.ppo.whiten_rewards: expected bool, got the int 1",
+      "config.ppo.kl_estimator: 'k4' is not one of",
+      "config.samples.stop_tokens: expected tuple",
+      "did you mean 'reward_model'?",
+  )
+
+
+def test_a_missing_field_is_told():
+  def change(config):
+    del config.loop.num_steps
+
+  _refused("reward", change, "config.loop.num_steps: missing (int)")
+
+
+DOES_NOT_DIVIDE = [
+    ("sft", lambda c: c.train.update(batch_size=10, num_devices=4), "10"),
+    ("sft", lambda c: c.train.sft.update(num_microbatches=5), "16"),
+    ("reward", lambda c: c.reward.update(num_microbatches=3), "16"),
+    ("reward", lambda c: c.update(num_devices=5), "5 devices"),
+    ("ppo", lambda c: c.ppo.update(num_minibatches=3), "32"),
+    (
+        "ppo",
+        lambda c: c.ppo.update(num_minibatches=4, num_microbatches=16),
+        "multiple of 64",
+    ),
+    ("ppo", lambda c: c.update(rollout_batch_size=0), "rollout_batch_size=0"),
+    (
+        "ppo",
+        lambda c: (
+            c.ppo.update(ptx_coef=1.0),
+            c.ptx_documents.update(source="text:x"),
+        ),
+        "ptx",
+    ),
+    ("pretrain", lambda c: c.model.update(num_heads=3), "num_heads"),
+    ("pretrain", lambda c: c.model.update(head_dim=7), "head_dim"),
+    ("preferences", lambda c: c.update(num_completions=3), "even"),
+    (
+        "sft",
+        lambda c: c.train.loop.update(log_every=4, checkpoint_every=6),
+        "multiple of log_every=4",
+    ),
+    (
+        "sft",
+        lambda c: c.train.loop.update(
+            log_every=1, best_metric="eval/loss", eval_every=4,
+            checkpoint_every=2,
+        ),
+        "multiple of eval_every=4",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, change, part", DOES_NOT_DIVIDE)
+def test_sizes_that_do_not_divide_are_refused(
+    name, change, part, monkeypatch
+):
+  # Before anything compiles: nothing is even traced.
+  monkeypatch.setattr("jax.jit", None)
+  _refused(name, change, part)
+
+
+NONSENSE = [
+    ("ppo", lambda c: c.update(value_network="shared"), "value_init"),
+    ("ppo", lambda c: c.ptx_documents.update(source="text:x"), "both or"),
+    ("ppo", lambda c: c.ppo.update(kl_coef=float("nan")), "kl_coef: is NaN"),
+    ("ppo", lambda c: c.loop.update(num_steps=0), "num_steps"),
+    ("evaluate", lambda c: c.update(ref_policy="gpt"), "base, sft, ppo"),
+    ("evaluate", lambda c: c.update(policies=("runs/x",)), "name=place"),
+    ("sft", lambda c: c.demonstrations.update(limit=0), "no end"),
+    ("sft", lambda c: c.demonstrations.update(limit=-1), "negative"),
+    ("sft", lambda c: c.demonstrations.update(on_error="ignore"), "on_error"),
+    (
+        "pretrain",
+        lambda c: c.tokenizer.update(vocab_size=600),
+        "must be equal",
+    ),
+]
+
+
+@pytest.mark.parametrize("name, change, part", NONSENSE)
+def test_what_makes_no_sense_is_refused(name, change, part):
+  _refused(name, change, part)
+
+
+def test_problems_of_every_stage_are_told_at_once():
+  def change(config):
+    config.pretrain.train.sed = 1
+    config.reward.batch_size = "8"
+    config.evaluate.policies = ("x",)
+
+  _refused(
+      "rlhf",
+      change,
+      "config.pretrain.train.sed",
+      "config.reward.batch_size",
+      "config.evaluate",
+  )
+
+
+@pytest.mark.parametrize("batch_size, num_parts, num_devices, fits", [
+    (8, 2, 4, True),
+    (8, 2, 8, False),
+    (8, 1, -1, True),  # all eight simulated devices
+    (12, 1, -1, False),
+    (8, 0, 1, False),
+    (0, 1, 1, False),
+    (8, 1, 0, False),
+    (8, 1, -2, False),
+])
+def test_check_divides(batch_size, num_parts, num_devices, fits):
+  if fits:
+    language_model.check_divides(batch_size, num_parts, num_devices)
+  else:
+    with pytest.raises(ValueError):
+      language_model.check_divides(batch_size, num_parts, num_devices)
+
+
+def test_a_config_error_is_one_that_the_user_can_mend(capsys):
+  with pytest.raises(SystemExit) as ended, cli.told_errors():
+    from_config(_class("sft"), {})
+  assert ended.value.code == 1
+  assert capsys.readouterr().err.startswith("\nerror: ")

@@ -39,6 +39,7 @@ setuptools.setup(
         "ml-collections>=1.0,<2",
         "absl-py>=2.1",
         "numpy>=2.0",
+        "scipy>=1.11",
         "jaxtyping>=0.3",
         "matplotlib>=3.8",
         "jinja2>=3.1",

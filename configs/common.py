@@ -83,7 +83,7 @@ def samples(
 
 def assistant_samples() -> ConfigDict:
   """Lengths that hold the embedded domain's requests and answers."""
-  return samples(max_prompt_length=24, max_completion_length=40)
+  return samples(max_prompt_length=16, max_completion_length=32)
 
 
 def llama_like(

@@ -14,7 +14,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
   """full, or smoke: in seconds; hacking: no KL penalty and long."""
   common.check_arg(arg, common.FULL, common.SMOKE, "hacking")
   smoke, hacking = arg == common.SMOKE, arg == "hacking"
-  num_iterations = 4 if smoke else 240 if hacking else 60
+  num_iterations = 4 if smoke else 150 if hacking else 50
   return ConfigDict(
       dict(
           seed=0,
@@ -38,7 +38,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               kl_estimator="k1",
               kl_controller="fixed" if hacking else "adaptive",
               kl_coef=0.0 if hacking else 0.1,
-              kl_target=6.0,
+              kl_target=4.0,
               kl_horizon=2_000.0,
               replace_missing_eos=True,
               missing_eos_score=-1.0,
@@ -52,15 +52,15 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               entropy_coef=0.0,
               ptx_coef=0.0,
               max_update_kl=float("inf"),
-              num_epochs=4,
-              num_minibatches=1,
+              num_epochs=2,
+              num_minibatches=2,
               num_microbatches=1,
           ),
           loop=common.loop(
               num_iterations,
               log_every=1,
-              eval_every=max(num_iterations // 12, 1),
-              checkpoint_every=max(num_iterations // 4, 1),
+              eval_every=max(num_iterations // 10, 1),
+              checkpoint_every=max(num_iterations // 5, 1),
           ),
           samples=common.assistant_samples(),
           judge=common.ASSISTANT,

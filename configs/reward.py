@@ -4,7 +4,14 @@
         --workdir=runs/first/reward
 
 Needs `runs/first/sft` and `runs/first/preferences`, as configs/rlhf.py leaves
-them.
+them. :ranking reads rankings of 4 instead of pairs.
+
+:hh trains one on people's comparisons, Anthropic's HH harmless pairs, from the
+pretrained stories260K; RLHF_JAX_DATA names the folder with hh_harmless/ and
+stories260K/:
+
+    python -m experiments.reward --config=configs/reward.py:hh \
+        --workdir=runs/hh
 """
 
 from ml_collections import ConfigDict
@@ -13,12 +20,12 @@ from configs import common
 
 
 def get_config(arg: str = common.FULL) -> ConfigDict:
-  """full, or smoke: in seconds; ranking reads rankings of 4."""
-  common.check_arg(arg, common.FULL, common.SMOKE, "ranking")
+  """full, smoke (in seconds), ranking or hh."""
+  common.check_arg(arg, common.FULL, common.SMOKE, "ranking", "hh")
   smoke = arg == common.SMOKE
   kind = "rankings" if arg == "ranking" else "comparisons"
   preferences = "runs/first/preferences"
-  return ConfigDict(
+  config = ConfigDict(
       dict(
           seed=0,
           init_from="runs/first/sft",
@@ -28,11 +35,11 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           heldout=common.source(f"{preferences}/heldout_{kind}.jsonl"),
           heldout_split="all",
           too_long="drop",
-          max_prompt_length=24,
+          max_prompt_length=16,
           # One more than is sampled: the end token of one that never ended. What
           # an untrained model samples is no text, and takes more tokens again.
-          max_completion_length=96 if smoke else 41,
-          batch_size=16 if smoke else 64,
+          max_completion_length=96 if smoke else 33,
+          batch_size=16 if smoke else 32,
           num_devices=1,
           optimizer=common.optimizer(
               5e-4,
@@ -40,9 +47,35 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               warmup_steps=2 if smoke else 10,
               b2=0.98,
           ),
-          update=dict(center_coef=0.0, num_microbatches=1),
-          loop=common.loop(8 if smoke else 180),
+          reward=dict(center_coef=0.0, num_microbatches=1),
+          loop=common.loop(8 if smoke else 220),
           normalize_on=common.source(common.ASSISTANT, 64 if smoke else 256),
           samples=common.assistant_samples(),
       )
   )
+  if arg == "hh":
+    _use_hh(config)
+  return config
+
+
+def _use_hh(config: ConfigDict) -> None:
+  data = "${RLHF_JAX_DATA}"
+  pairs = f"hh:{data}/hh_harmless/hh_harmless_base_dev.jsonl.gz"
+  config.init_from = (
+      f"llama2c:{data}/stories260K/stories260K.bin"
+      f":{data}/stories260K/tok512.model"
+  )
+  config.ref_policy = ""  # the score is fitted on held-out completions
+  config.comparisons = common.source(pairs)
+  config.comparisons_split = "train"
+  config.heldout = common.source(pairs)
+  config.heldout_split = "heldout"
+  # The tokenizer has 512 tokens: dialogues are long, and lose their beginning.
+  config.too_long = "truncate_prompt_left"
+  config.max_prompt_length = 256
+  config.max_completion_length = 256
+  config.batch_size = 16
+  config.optimizer = common.optimizer(
+      5e-4, schedule="cosine", warmup_steps=10, weight_decay=0.1
+  )
+  config.loop = common.loop(200)

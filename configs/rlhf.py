@@ -2,35 +2,53 @@
 
     python -m experiments.rlhf --config=configs/rlhf.py --workdir=runs/first
 
-:smoke runs every stage in about a minute and learns nothing; :hacking takes the
-KL penalty away and trains for longer, so that the policy learns to please the
-reward model and not the truth.
+:smoke runs every stage in about a minute and learns nothing.
+
+:hacking takes the KL penalty away and trains for longer, so that the policy
+learns to please the reward model and not the truth.
+
+:stories is the same on real input, with RLHF_JAX_DATA set to the folder of the
+data: a story model that was pretrained elsewhere, fine-tuned on stories; a
+reward model from film sentences, positive preferred to negative; PPO that makes
+continuations of stories happier; judged by a second reward model, trained from
+the base model on other sentences, that PPO never sees.
 """
 
 from ml_collections import ConfigDict
 
-from configs import common, evaluate, ppo, preferences, pretrain, reward, sft
+from configs import (
+    common,
+    evaluate,
+    ppo,
+    preferences,
+    pretrain,
+    reward,
+    sft,
+    stories,
+)
 
 
 def get_config(arg: str = common.FULL) -> ConfigDict:
-  """full, smoke or hacking."""
-  common.check_arg(arg, common.FULL, common.SMOKE, "hacking")
-  size = common.SMOKE if arg == common.SMOKE else common.FULL
-  config = ConfigDict(
-      dict(
-          pretrain=pretrain.get_config(size),
-          sft=sft.get_config(size),
-          preferences=preferences.get_config(size),
-          reward=reward.get_config(size),
-          ppo=ppo.get_config(arg),
-          evaluate=evaluate.get_config(size),
-      )
-  )
-  config = ConfigDict(_in_run(config.to_dict()))
-  if arg == "hacking":
-    config.evaluate.kl_target = 0.0
-  config.judge = None
-  return config
+  """full, smoke, hacking or stories."""
+  common.check_arg(arg, common.FULL, common.SMOKE, "hacking", "stories")
+  if arg == "stories":
+    config = stories.get_config()
+  else:
+    size = common.SMOKE if arg == common.SMOKE else common.FULL
+    config = ConfigDict(
+        dict(
+            pretrain=pretrain.get_config(size),
+            sft=sft.get_config(size),
+            preferences=preferences.get_config(size),
+            reward=reward.get_config(size),
+            judge=None,
+            ppo=ppo.get_config(arg),
+            evaluate=evaluate.get_config(size),
+        )
+    )
+    if arg == "hacking":
+      config.evaluate.kl_target = 0.0
+  return ConfigDict(_in_run(config.to_dict()))
 
 
 def _in_run(value):

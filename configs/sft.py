@@ -27,7 +27,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           too_long="drop",
           train=dict(
               seed=0,
-              batch_size=16 if smoke else 32,
+              batch_size=16,
               seq_len=128,
               num_devices=1,
               optimizer=common.optimizer(
@@ -37,8 +37,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
                   final_fraction=0.1,
                   b2=0.98,
               ),
-              update=dict(z_loss_coef=0.0, num_microbatches=1),
-              loop=common.loop(8 if smoke else 160, best_mode="min"),
+              sft=dict(z_loss_coef=0.0, num_microbatches=1),
+              loop=common.loop(8 if smoke else 350, best_mode="min"),
               samples=common.assistant_samples(),
               sample_prompts=common.source(common.ASSISTANT, 12),
           ),

@@ -64,14 +64,14 @@ class Config:
   batch_size: int
   num_devices: int
   optimizer: optim.OptimizerConfig
-  update: reward_update.RewardConfig
+  reward: reward_update.RewardConfig
   loop: loop.LoopConfig
   normalize_on: sources.SourceConfig
   samples: evaluator.SampleConfig
 
   def __post_init__(self):
     language_model.check_divides(
-        self.batch_size, self.update.num_microbatches, self.num_devices
+        self.batch_size, self.reward.num_microbatches, self.num_devices
     )
 
 
@@ -106,7 +106,7 @@ def run(config: Config, workdir: str) -> None:
 
   def step(state, batch):
     batch = sharding.shard_rows(batch, mesh)
-    state, metrics = update(state, batch, config.update)
+    state, metrics = update(state, batch, config.reward)
     return state, metrics, batch
 
   scorer = BatchScorer(score_fn, config.batch_size)

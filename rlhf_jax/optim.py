@@ -73,6 +73,23 @@ def scale_by_tf_adam(
   return optax.GradientTransformation(init, update)
 
 
+def _scale_by_adam(
+    b1: float, b2: float, epsilon: float
+) -> optax.GradientTransformation:
+  """optax.scale_by_adam, also under jax's strict dtype promotion.
+
+  It raises a float to the power of an integer count, which strict promotion
+  refuses.
+  """
+  tx = optax.scale_by_adam(b1, b2, epsilon)
+
+  def update(updates, state, params=None):
+    with jax.numpy_dtype_promotion("standard"):
+      return tx.update(updates, state, params)
+
+  return optax.GradientTransformation(tx.init, update)
+
+
 def schedule_shape(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """step -> the fraction of the peak learning rate, in [0, 1]."""
   num_decay_steps = max(num_steps - cfg.warmup_steps, 1)
@@ -109,7 +126,7 @@ def make_optimizer(
     adam = (
         scale_by_tf_adam(cfg.b1, cfg.b2, cfg.epsilon)
         if cfg.epsilon_placement == "tf"
-        else optax.scale_by_adam(cfg.b1, cfg.b2, cfg.epsilon)
+        else _scale_by_adam(cfg.b1, cfg.b2, cfg.epsilon)
     )
     return optax.chain(
         optax.clip_by_global_norm(max_grad_norm),

@@ -39,14 +39,14 @@ class LanguageModelConfig:
   seq_len: int
   num_devices: int
   optimizer: optim.OptimizerConfig
-  update: sft.SFTConfig
+  sft: sft.SFTConfig
   loop: loop.LoopConfig
   samples: evaluator.SampleConfig
   sample_prompts: sources.SourceConfig
 
   def __post_init__(self):
     check_divides(
-        self.batch_size, self.update.num_microbatches, self.num_devices
+        self.batch_size, self.sft.num_microbatches, self.num_devices
     )
 
 
@@ -110,7 +110,7 @@ def train(
 
   def step(state, batch):
     batch = sharding.shard_rows(batch, mesh)
-    state, metrics = update(state, batch, cfg.update)
+    state, metrics = update(state, batch, cfg.sft)
     return state, _renamed(metrics, name), batch
 
   prompts = sources.Reader(cfg.seed, out.dir / "skipped").prompts(
@@ -157,7 +157,7 @@ def make_heldout_loss(logits_fn, heldout: LMBatch, cfg: LanguageModelConfig):
   @jax.jit
   def measure(params, batch):
     one = jnp.ones((), jnp.float32)
-    return sft.sft_objective(params, batch, logits_fn, cfg.update, one)[1]
+    return sft.sft_objective(params, batch, logits_fn, cfg.sft, one)[1]
 
   batches = list(padded_batches(heldout, cfg.batch_size))
 

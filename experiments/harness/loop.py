@@ -129,11 +129,7 @@ def run_loop(
 
 
 def _restore(task: Task, checkpointer, writer: MetricWriter) -> int:
-  abstract = jax.tree.map(
-      lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding),
-      task.state,
-  )
-  restored = checkpointer.restore_latest(abstract)
+  restored = checkpointer.restore_latest(task.state)
   if restored is None:
     writer.truncate_after(-1)
     return 0

@@ -11,6 +11,7 @@ import pathlib
 import platform
 import subprocess
 import sys
+import time
 from typing import Any
 
 from absl import logging
@@ -33,6 +34,7 @@ class Stage:
   """
 
   def __init__(self, workdir: str, config: Any):
+    self._start = time.monotonic()
     self.dir = pathlib.Path(workdir)
     self.config = config_lib.to_dict(config)
     self.dir.mkdir(parents=True, exist_ok=True)
@@ -56,7 +58,11 @@ class Stage:
       logging.info("%s is finished already", self.dir)
 
   def finish(self, summary: dict[str, Any]) -> None:
-    """Marks the stage as done."""
+    """Marks the stage as done; says how long it took, if no loop has."""
+    timing = self.dir / "timing.jsonl"
+    if not timing.exists():
+      seconds = round(time.monotonic() - self._start, 3)
+      write_jsonl(timing, [{"step": 0, "seconds": seconds}])
     write_json(self.dir / "finished.json", summary)
 
 

@@ -9,6 +9,7 @@ tokenizer reads the text again.
 
 from collections.abc import Callable
 import functools
+from typing import Any
 
 import jax
 import numpy as np
@@ -63,7 +64,7 @@ def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
     scores = []
     for prompt, completion in zip(episodes.prompts, episodes.completions):
       score = rule(prompt, completion)
-      if not np.isfinite(score):
+      if not _is_number(score):
         raise ValueError(
             f"the reward rule gave {score!r} for the completion "
             f"{completion[:200]!r} of the prompt {prompt[:200]!r}; it must "
@@ -73,3 +74,11 @@ def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
     return np.asarray(scores, np.float32)
 
   return reward
+
+
+def _is_number(score: Any) -> bool:
+  """Whether float32 can hold it: NaN, None, text and 1e300 are none."""
+  try:
+    return bool(abs(score) <= np.finfo(np.float32).max)
+  except (TypeError, ValueError):
+    return False

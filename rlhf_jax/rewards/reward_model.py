@@ -22,8 +22,9 @@ def make_reward_model(
   """Scores episodes by a reward model: gain * raw + bias at the last token.
 
   With the policy's tokenizer the rollout's own tokens are scored, and nothing
-  leaves the device. With another, prompt and completion are encoded anew, and
-  a completion that ended gets this tokenizer's end token.
+  leaves the device. With another, prompt and completion are encoded anew, after
+  this tokenizer's start token if it has one, as the reward model was trained,
+  and a completion that ended gets its end token.
 
   Raises (when called):
     ValueError: if an episode is longer than the reward model's max_length.
@@ -43,7 +44,7 @@ def make_reward_model(
           [rollout.prompt_mask, rollout.completion_mask], axis=1
       )
     else:
-      tokens, mask = _encode_anew(episodes, tokenizer)
+      tokens, mask = _encode_anew(episodes, tokenizer, config.max_length)
     if tokens.shape[1] > config.max_length:
       raise ValueError(
           f"an episode has {tokens.shape[1]} tokens, and the reward model reads "
@@ -59,11 +60,12 @@ _WIDTH_STEP = 64
 
 
 def _encode_anew(
-    episodes: Episodes, tokenizer: Tokenizer
+    episodes: Episodes, tokenizer: Tokenizer, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """[B, T] right-padded tokens and mask under another tokenizer."""
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
   rows = [
-      prompt + completion + ([tokenizer.eos_id] if ended else [])
+      start + prompt + completion + ([tokenizer.eos_id] if ended else [])
       for prompt, completion, ended in zip(
           tokenizer.encode_batch(episodes.prompts),
           tokenizer.encode_batch(episodes.completions, continues=True),
@@ -72,6 +74,8 @@ def _encode_anew(
   ]
   longest = max(len(row) for row in rows)
   width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
+  # Rounding up must not make a row too long that is not.
+  width = max(longest, min(width, max_length))
   tokens = np.full((len(rows), width), tokenizer.pad_id, np.int32)
   mask = np.zeros((len(rows), width), np.int32)
   for i, row in enumerate(rows):

@@ -101,7 +101,7 @@ def apply_gradients(
   A step that is not applied leaves params and optimizer state bitwise as they
   were and adds one to `skipped_steps`; `step` advances either way, because the
   data has. Metrics gain 'nonfinite/<parameter path>' (1 where that gradient is
-  not finite), 'optimizer/grad_norm', 'optimizer/learning_rate'.
+  not finite) and 'optimizer/grad_norm', before clipping.
   """
   bad_leaves = {
       NONFINITE + jax.tree_util.keystr(path, simple=True, separator="/"): (

@@ -221,7 +221,8 @@ def make_score_rollout(
           rollout.ended, score, jnp.asarray(cfg.missing_eos_score, jnp.float32)
       )
     kl = jnp.where(mask == 1, kls[cfg.kl_estimator], jnp.float32(0))
-    at_end = jnp.arange(mask.shape[1]) == masking.last_index(mask)[:, None]
+    position = jnp.arange(mask.shape[1])[None]
+    at_end = position == masking.last_index(mask)[:, None]
     rewards = -kl_coef * kl + jnp.where(at_end, score[:, None], jnp.float32(0))
     unwhitened = rewards
     if cfg.whiten_rewards:
@@ -341,7 +342,9 @@ def make_ppo_update(
   def minibatch_step(train, minibatch, cfg):
     scored, ptx = minibatch
     num_tokens = scored.rollout.completion_mask.sum().astype(jnp.float32)
-    num_targets = None if ptx is None else jnp.maximum(ptx.loss_mask.sum(), 1)
+    num_targets = None
+    if ptx is not None:
+      num_targets = jnp.maximum(ptx.loss_mask[:, 1:].sum(), 1)
 
     def objective(params, microbatch):
       scored, ptx = microbatch

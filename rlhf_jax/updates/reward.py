@@ -27,6 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
@@ -164,9 +165,14 @@ def fit_score_normalization(score: Float[Array, "N"]) -> ScoreNormalization:
     ValueError: if the scores are not finite or all equal, which means that the
       reward model did not train.
   """
-  std = float(jnp.std(score))
-  mean = float(jnp.mean(score))
-  if not (jnp.isfinite(std) and jnp.isfinite(mean)) or std < 1e-6:
+  # In float64: the rounding of a float32 mean looks like a deviation.
+  values = np.asarray(score, np.float64)
+  mean, std = (
+      (float(values.mean()), float(values.std()))
+      if np.isfinite(values).all() and values.size
+      else (float("nan"), float("nan"))
+  )
+  if not std > 1e-6:
     raise ValueError(
         "the reward model gives the reference policy's completions scores of "
         f"mean {mean} and standard deviation {std}: it has not learnt to tell "

@@ -48,7 +48,7 @@ DODGES = 0.06
 WRONG = 0.20
 WRONG_HARM = 0.33  # complies; a demonstration of harm has no other way to fail
 RAMBLES = 0.07
-FLATTERS = 0.15
+FLATTERS = 0.08
 FLATTERS_AGAIN = 0.4  # each further phrase, up to three
 
 LONGEST = 72  # characters; no more flattery is added to an answer beyond it

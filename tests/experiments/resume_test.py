@@ -1,0 +1,247 @@
+"""A run that is killed and started again ends as one that never was."""
+
+import functools
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import time
+
+import pytest
+
+from experiments import sft
+from experiments.harness.config import from_config
+from rlhf_jax import array_folder, checkpoint
+from tests.experiments import tiny
+
+EXACT = ("metrics.jsonl", "samples.jsonl", "finished.json")
+
+
+def sft_config(run: pathlib.Path):
+  config = tiny.stage("sft", run)
+  config.train.loop.update(
+      tiny.loop(
+          12,
+          eval_every=2,
+          checkpoint_every=2,
+          best_metric="eval/loss",
+          best_mode="min",
+      )
+  )
+  return config
+
+
+def ppo_config(run: pathlib.Path):
+  config = tiny.stage("ppo", run)
+  config.loop.update(tiny.loop(6, eval_every=3, checkpoint_every=2))
+  return config
+
+
+CONFIGS = {"sft": sft_config, "ppo": ppo_config}
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(finished_run, tmp_path_factory):
+  """binary -> (its config file, the workdir of a run that nothing stopped)."""
+
+  @functools.cache
+  def run(binary):
+    folder = tmp_path_factory.mktemp(binary)
+    config = tiny.write_config(
+        folder / "config.py", CONFIGS[binary](finished_run)
+    )
+    done = tiny.call(binary, config, folder / "whole")
+    assert done.returncode == 0, done.stderr
+    return config, folder / "whole"
+
+  return run
+
+
+def assert_same_run(found: pathlib.Path, wanted: pathlib.Path) -> None:
+  for name in EXACT:
+    assert (found / name).read_bytes() == (wanted / name).read_bytes(), name
+  tiny.assert_bitwise(tiny.model_arrays(found), tiny.model_arrays(wanted))
+  tiny.assert_bitwise(
+      tiny.last_checkpoint(found), tiny.last_checkpoint(wanted)
+  )
+
+
+# ---- Kills -------------------------------------------------------------------
+
+
+def _last_step(workdir: pathlib.Path) -> int:
+  """The step of the last whole line of metrics.jsonl, -1 without one."""
+  path = workdir / "metrics.jsonl"
+  lines = path.read_bytes().split(b"\n")[:-1] if path.exists() else []
+  return json.loads(lines[-1])["step"] if lines else -1
+
+
+def _checkpoints(workdir: pathlib.Path, finished: bool) -> list[pathlib.Path]:
+  return [
+      path
+      for path in sorted((workdir / "checkpoints").glob("step_*"))
+      if path.suffix != ".deleted" and array_folder.is_finished(path) == finished
+  ]
+
+
+def _evaluating_for_the_first_time(workdir):
+  return (workdir / "samples.jsonl").exists()
+
+
+def _half_way_through_a_save(workdir):
+  return bool(_checkpoints(workdir, finished=False))
+
+
+def _beyond_a_checkpoint(workdir):
+  """Lines are written that the resumed run has to take back."""
+  saved = _checkpoints(workdir, finished=True)
+  return bool(saved) and _last_step(workdir) > int(saved[-1].name[5:13])
+
+
+def _after_the_last_step(workdir, num_steps):
+  """The training is over and its result is not yet written."""
+  name = f"step_{num_steps:08d}"
+  return array_folder.is_finished(workdir / "checkpoints" / name)
+
+
+def kill_when(process: subprocess.Popen, moment, workdir) -> bool:
+  """Kills the process at that moment; False if it ended before."""
+  while process.poll() is None:
+    if moment(workdir) and not (workdir / "finished.json").exists():
+      # Stopped, it cannot get past the moment before the kill comes.
+      os.kill(process.pid, signal.SIGSTOP)
+      if moment(workdir) and not (workdir / "finished.json").exists():
+        process.kill()
+        process.communicate()
+        return True
+      os.kill(process.pid, signal.SIGCONT)
+    time.sleep(0.0005)
+  process.communicate()
+  return False
+
+
+def _kill_again_and_again(binary, num_steps, uninterrupted, tmp_path):
+  config, whole = uninterrupted(binary)
+  workdir = tmp_path / "killed"
+  moments = [
+      _evaluating_for_the_first_time,
+      _half_way_through_a_save,
+      _beyond_a_checkpoint,
+      functools.partial(_after_the_last_step, num_steps=num_steps),
+  ]
+  hit = [
+      kill_when(tiny.start(binary, config, workdir), moment, workdir)
+      for moment in moments
+  ]
+  # On a busy machine one may be over before it is seen.
+  assert sum(hit) >= 3
+  done = tiny.call(binary, config, workdir)
+  assert done.returncode == 0, done.stderr
+  assert_same_run(workdir, whole)
+  assert not _half_way_through_a_save(workdir)
+
+
+def test_killed_sft_ends_bitwise_as_uninterrupted(uninterrupted, tmp_path):
+  _kill_again_and_again("sft", 12, uninterrupted, tmp_path)
+
+
+def test_killed_ppo_ends_bitwise_as_uninterrupted(uninterrupted, tmp_path):
+  _kill_again_and_again("ppo", 6, uninterrupted, tmp_path)
+
+
+def _unfinish(workdir: pathlib.Path) -> None:
+  (workdir / "finished.json").unlink()
+  shutil.rmtree(workdir / "model")
+
+
+def test_half_written_checkpoint_is_passed_over_with_a_warning(
+    uninterrupted, tmp_path
+):
+  config, whole = uninterrupted("ppo")
+  workdir = tmp_path / "damaged"
+  shutil.copytree(whole, workdir)
+  _unfinish(workdir)
+  newest = workdir / "checkpoints" / "step_00000006"
+  (newest / "checkpoint.json").unlink()
+  # What a kill leaves of the line it was writing.
+  with (workdir / "metrics.jsonl").open("a") as f:
+    f.write('{"step": 7, "ppo/k')
+  done = tiny.call("ppo", config, workdir)
+  assert done.returncode == 0, done.stderr
+  assert f"{newest} passed over" in done.stderr
+  assert "resumed at step 4" in done.stderr
+  assert_same_run(workdir, whole)
+
+
+# ---- The same run, and others ------------------------------------------------
+
+
+def test_the_same_seed_twice_is_bitwise_the_same(uninterrupted, tmp_path):
+  config, whole = uninterrupted("sft")
+  done = tiny.call("sft", config, tmp_path / "again")
+  assert done.returncode == 0, done.stderr
+  assert_same_run(tmp_path / "again", whole)
+
+
+def test_another_config_is_refused_with_the_fields(
+    uninterrupted, finished_run, tmp_path
+):
+  _, whole = uninterrupted("sft")
+  config = sft_config(finished_run)
+  config.train.optimizer.learning_rate = 0.5
+  config.train.loop.num_steps = 14
+  path = tiny.write_config(tmp_path / "other.py", config)
+  before = _contents(whole)
+  tiny.assert_one_message(
+      tiny.call("sft", path, whole),
+      str(whole),
+      "train.optimizer.learning_rate: saved 0.001, given 0.5",
+      "train.loop.num_steps: saved 12, given 14",
+      "--workdir",
+  )
+  assert _contents(whole) == before
+
+
+def test_checkpoints_alone_refuse_another_config(
+    uninterrupted, finished_run, tmp_path
+):
+  """Also where config.json was lost."""
+  _, whole = uninterrupted("sft")
+  workdir = tmp_path / "copy"
+  shutil.copytree(whole, workdir)
+  _unfinish(workdir)
+  (workdir / "config.json").unlink()
+  config = sft_config(finished_run)
+  config.train.seed = 1
+  with pytest.raises(checkpoint.ConfigMismatch, match="train.seed: saved 0"):
+    sft.run(from_config(sft.Config, config), str(workdir))
+
+
+def test_a_finished_stage_is_skipped(uninterrupted, finished_run):
+  _, whole = uninterrupted("sft")
+  before = _contents(whole)
+  # init_from is not even read.
+  sft.run(from_config(sft.Config, sft_config(finished_run)), str(whole))
+  assert _contents(whole) == before
+
+
+def _contents(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+  return {
+      str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+      for path in sorted(folder.rglob("*"))
+      if path.is_file()
+  }
+
+
+def test_best_and_last_checkpoints_are_kept(uninterrupted):
+  _, whole = uninterrupted("sft")
+  losses = {
+      row["step"]: row["eval/loss"]
+      for row in tiny.read_jsonl(whole / "metrics.jsonl")
+      if "eval/loss" in row and row["step"] > 0
+  }
+  best = min(losses, key=losses.get)
+  kept = {int(path.name[5:13]) for path in (whole / "checkpoints").iterdir()}
+  assert kept == {10, 12, best}

@@ -1,0 +1,75 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.models import functions
+from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.rewards.reward_model import make_reward_model
+from rlhf_jax.types import ScoreNormalization
+from tests.models.small import random_params, small_config
+from tests.rewards.conftest import (
+    COMPLETIONS,
+    ENDED,
+    PROMPTS,
+    make_episodes,
+)
+
+CONFIG = small_config(
+    vocab_size=280, num_layers=1, width=16, ff_dim=24, max_length=48
+)
+PARAMS = random_params(ScalarModel(CONFIG))
+NORMALIZATION = ScoreNormalization(gain=jnp.float32(2), bias=jnp.float32(-3))
+
+
+def _expected(tokenizer):
+  """Scores of bos + prompt + completion (+ eos), one row at a time."""
+  fn = jax.jit(functions.make_score_fn(CONFIG))
+  scores = []
+  for prompt, completion, ended in zip(
+      PROMPTS, COMPLETIONS, ENDED, strict=True
+  ):
+    ids = [tokenizer.bos_id, *tokenizer.encode(prompt)]
+    ids += tokenizer.encode(completion, continues=True)
+    ids += [tokenizer.eos_id] if ended else []
+    row = np.zeros((1, CONFIG.max_length), np.int32)
+    row[0, : len(ids)] = ids
+    mask = (np.arange(CONFIG.max_length) < len(ids))[None].astype(np.int32)
+    scores.append(2 * float(fn(PARAMS, row, mask)[0]) - 3)
+  return scores
+
+
+def test_scores_the_rollouts_own_tokens_and_normalises(tokenizer, episodes):
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)
+  score = reward(episodes)
+  assert score.dtype == jnp.float32
+  np.testing.assert_allclose(score, _expected(tokenizer), atol=1e-5)
+
+
+def test_score_is_independent_of_the_rollouts_padding(tokenizer, episodes):
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)
+  wider = make_episodes(tokenizer, prompt_length=20, completion_length=24)
+  np.testing.assert_allclose(reward(wider), reward(episodes), atol=1e-5)
+
+
+def test_reward_model_with_another_tokenizer_encodes_the_text_anew(
+    tokenizer, other_tokenizer, episodes
+):
+  assert tokenizer.encode(PROMPTS[1]) != other_tokenizer.encode(PROMPTS[1])
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, other_tokenizer)
+  # Its max_length is below the width that rows are rounded up to.
+  np.testing.assert_allclose(
+      reward(episodes), _expected(other_tokenizer), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize("same", [True, False])
+def test_episode_longer_than_the_reward_model_reads_is_an_error(
+    tokenizer, other_tokenizer, episodes, same
+):
+  config = small_config(vocab_size=280, max_length=20)
+  reward = make_reward_model(
+      config, PARAMS, NORMALIZATION, tokenizer if same else other_tokenizer
+  )
+  with pytest.raises(ValueError, match=r"at most 20 \(max_length\)"):
+    reward(episodes)

@@ -1,0 +1,252 @@
+"""PPO on a tiny transformer: what must not depend on how it is computed."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import metrics as metrics_lib, sharding
+from rlhf_jax.models import functions, heads
+from rlhf_jax.updates import gradient, ppo, sft
+from tests.updates import small
+from tests.updates.small import assert_trees_close, assert_trees_equal
+
+KL_COEF = jnp.float32(0.1)
+CFG = ppo.PPOConfig(
+    temperature=small.TEMPERATURE,
+    num_epochs=2,
+    num_minibatches=2,
+    ptx_coef=0.5,
+    entropy_coef=0.01,
+)
+# Stops after the first minibatch, whose KL is 0: a single step.
+ONE_STEP = dataclasses.replace(CFG, max_update_kl=-1.0)
+
+
+@functools.cache
+def _programs(**changes):
+  """(score_rollout, update), jitted."""
+  config = dataclasses.replace(small.CONFIG, **changes)
+  fn = functions.make_policy_value_fn(config, config)
+  ref_fn = functions.make_logits_fn(config)
+  return (
+      jax.jit(ppo.make_score_rollout(fn, ref_fn)),
+      jax.jit(ppo.make_ppo_update(fn, small.SGD)),
+  )
+
+
+def _params():
+  return {
+      "policy": small.language_model_params(),
+      "value": small.scalar_params(),
+  }
+
+
+def _state():
+  return ppo.create_ppo_state(_params(), small.SGD, jax.random.key(0), CFG)
+
+
+def _ref_params():
+  return small.language_model_params(seed=5)
+
+
+SCORE = jnp.asarray(np.random.default_rng(0).normal(size=small.B), jnp.float32)
+
+
+def _score(cfg=CFG, **changes):
+  score_rollout, _ = _programs(**changes)
+  rollout = small.sampled_rollout()
+  return score_rollout(_params(), _ref_params(), rollout, SCORE, KL_COEF, cfg)
+
+
+@pytest.fixture(scope="module")
+def scored():
+  return _score()[0]
+
+
+@pytest.fixture(scope="module")
+def updated(scored):
+  return _programs()[1](_state(), scored, small.lm_batch(), CFG)
+
+
+def test_rollout_logprobs_equal_those_of_the_update_at_temperature():
+  scored, metrics = _score()
+  rollout = scored.rollout
+  mask = np.asarray(rollout.completion_mask)
+  assert 0 < mask.sum() < mask.size and 0 < rollout.ended.sum() < small.B
+  np.testing.assert_allclose(
+      scored.old_logprobs[mask == 1], rollout.logprobs[mask == 1], atol=1e-5
+  )
+  assert metrics_lib.compute(metrics)["ppo/rollout_logprob_gap"] < 1e-6
+  # At any other temperature they would not be.
+  other = dataclasses.replace(CFG, temperature=1.0)
+  _, metrics = _score(other)
+  assert metrics_lib.compute(metrics)["ppo/rollout_logprob_gap"] > 0.1
+
+
+def test_ratio_is_one_on_the_first_minibatch_in_float32(updated):
+  numbers = metrics_lib.compute(updated[1])
+  assert numbers["ppo/first_ratio_gap"] < 1e-6
+  assert numbers["ppo/ratio_gap"] > 1e-3
+
+
+def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():
+  # The programs may round differently, by an eighth bit here and there; what
+  # they scored and what they differentiate is the same function.
+  cfg = dataclasses.replace(CFG, num_epochs=1, ptx_coef=0.0)
+  scored, _ = _score(cfg, dtype="bfloat16")
+  _, metrics = _programs(dtype="bfloat16")[1](_state(), scored, None, cfg)
+  assert metrics_lib.compute(metrics)["ppo/first_ratio_gap"] < 0.01
+
+
+def test_four_microbatches_equal_one_in_scoring_and_update(scored, updated):
+  cfg = dataclasses.replace(CFG, num_microbatches=4)
+  metrics = _score()[1]
+  scored_4, metrics_4 = _score(cfg)
+  assert_trees_close(scored_4, scored, atol=1e-6)
+  assert_trees_close(metrics_4, metrics, atol=1e-5, rtol=1e-6)
+  state, metrics = updated
+  state_4, metrics_4 = _programs()[1](_state(), scored, small.lm_batch(), cfg)
+  assert_trees_close(state_4.train.params, state.train.params, atol=1e-6)
+  compute = metrics_lib.compute
+  assert_trees_close(
+      compute(metrics_4), compute(metrics), atol=1e-6, rtol=1e-6
+  )
+
+
+def test_one_device_equals_eight_in_scoring_and_update(scored, updated):
+  mesh = sharding.make_mesh(8)
+  score_rollout, update = _programs()
+  rollout = sharding.shard_rows(scored.rollout, mesh)
+  state = sharding.replicate(_state(), mesh)
+  scored_8, metrics_8 = score_rollout(
+      state.train.params,
+      sharding.replicate(_ref_params(), mesh),
+      rollout,
+      sharding.shard_rows(SCORE, mesh),
+      KL_COEF,
+      CFG,
+  )
+  assert len(scored_8.advantages.sharding.device_set) == 8
+  assert_trees_close(scored_8, scored, atol=1e-5)
+  compute = metrics_lib.compute
+  assert_trees_close(
+      compute(metrics_8), compute(_score()[1]), rtol=1e-5, atol=1e-5
+  )
+  ptx = sharding.shard_rows(small.lm_batch(), mesh)
+  state_8, metrics_8 = update(state, scored_8, ptx, CFG)
+  assert state_8.kl_coef.sharding.is_fully_replicated
+  assert_trees_close(
+      state_8.train.params, updated[0].train.params, atol=1e-5
+  )
+  assert_trees_close(
+      compute(metrics_8), compute(updated[1]), rtol=1e-5, atol=1e-5
+  )
+
+
+def test_ptx_adds_its_coefficient_times_the_language_models_gradient(scored):
+  ptx = small.lm_batch()
+  update = _programs()[1]
+  step = lambda coef: update(
+      _state(), scored, ptx, dataclasses.replace(ONE_STEP, ptx_coef=coef)
+  )
+  (with_ptx, metrics), (without, _) = step(2.0), step(0.0)
+  assert int(with_ptx.train.step) == 1
+  part = jax.tree.map(lambda x: x[0], gradient.split_rows(ptx, 2))
+  num_targets = part.loss_mask.sum()
+  (loss, _), grads = jax.jit(
+      jax.value_and_grad(
+          lambda params: sft.sft_objective(
+              params, part, small.logits_fn, sft.SFTConfig(), num_targets
+          ),
+          has_aux=True,
+      )
+  )(small.language_model_params())
+  difference = jax.tree.map(
+      lambda a, b: (b - a) / small.LEARNING_RATE,
+      with_ptx.train.params,
+      without.train.params,
+  )
+  assert_trees_close(
+      difference["policy"], jax.tree.map(lambda x: 2 * x, grads), atol=3e-6
+  )
+  assert not any(x.any() for x in jax.tree.leaves(difference["value"]))
+  np.testing.assert_allclose(
+      metrics_lib.compute(metrics)["ppo/ptx_loss"], loss, rtol=1e-6
+  )
+
+
+def _value_only(scored):
+  """(scored, cfg) of which the value loss alone has a gradient."""
+  cfg = dataclasses.replace(ONE_STEP, entropy_coef=0.0, ptx_coef=0.0)
+  advantages = jnp.zeros_like(scored.advantages)
+  return dataclasses.replace(scored, advantages=advantages), cfg
+
+
+def test_value_loss_of_a_separate_network_never_touches_the_policy(scored):
+  scored, cfg = _value_only(scored)
+  before = _state().train.params
+  after = _programs()[1](_state(), scored, small.lm_batch(), cfg)[0].train
+  assert_trees_equal(after.params["policy"], before["policy"])
+  moved = jax.tree.map(
+      lambda x, y: bool(jnp.any(x != y)), after.params["value"], before["value"]
+  )
+  assert all(jax.tree.leaves(moved))
+
+
+def test_value_loss_of_a_shared_network_moves_the_policys_trunk(scored):
+  scored, cfg = _value_only(scored)
+  fn = functions.make_policy_value_fn(small.CONFIG, None)
+  params = _params() | {"value": _params()["value"]["head"]}
+  objective = lambda params: ppo.ppo_objective(
+      params, scored, fn, cfg, jnp.float32(1)
+  )[0]
+  grads = jax.jit(jax.grad(objective))(params)
+  moved = jax.tree.map(lambda x: bool(jnp.any(x != 0)), grads)
+  assert all(jax.tree.leaves(moved["policy"]["trunk"]))
+  assert all(jax.tree.leaves(moved["value"]))
+
+
+def test_values_are_read_before_the_tokens_that_they_judge(scored):
+  # The value of the state before token i cannot depend on token i: cutting the
+  # completion there leaves it as it is.
+  score = jax.jit(heads.ScalarModel(small.CONFIG).apply)
+  rollout = scored.rollout
+  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+  mask = jnp.concatenate(
+      [rollout.prompt_mask, rollout.completion_mask], axis=1
+  )
+  values = score({"params": small.scalar_params()}, tokens, mask)
+  before = slice(small.P - 1, small.P + small.C - 1)
+  np.testing.assert_allclose(scored.values, values[:, before], atol=1e-6)
+
+
+def test_nan_score_is_not_applied_and_the_metrics_name_the_tensors(scored):
+  before = _state()
+  bad, _ = _programs()[0](
+      _params(),
+      _ref_params(),
+      scored.rollout,
+      SCORE.at[3].set(jnp.nan),
+      KL_COEF,
+      CFG,
+  )
+  state, metrics = _programs()[1](before, bad, small.lm_batch(), CFG)
+  assert_trees_equal(state.train.params, before.train.params)
+  assert int(state.train.step) == int(state.train.skipped_steps) == 4
+  culprits = [
+      name
+      for name, metric in metrics.items()
+      if name.startswith(gradient.NONFINITE) and metric.total > 0
+  ]
+  assert "nonfinite/loss" in culprits
+  assert "nonfinite/policy/trunk/token_embedding" in culprits
+
+
+def test_same_seed_is_bitwise_the_same(scored, updated):
+  again = _programs()[1](_state(), scored, small.lm_batch(), CFG)
+  assert_trees_equal(again[0].train.params, updated[0].train.params)
+  assert_trees_equal(again[1], updated[1])

@@ -1,0 +1,156 @@
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax import metrics as metrics_lib, optim, sharding
+from rlhf_jax.models import functions
+from rlhf_jax.train_state import create_train_state
+from rlhf_jax.types import LMBatch
+from rlhf_jax.updates import sft
+from tests.models.small import random_tokens
+from tests.reference import losses as reference
+from tests.updates import small
+from tests.updates.small import assert_trees_close, assert_trees_equal
+
+CFG = sft.SFTConfig(z_loss_coef=0.01)
+update = jax.jit(sft.make_sft_update(small.logits_fn, small.SGD))
+
+
+def _state():
+  return create_train_state(
+      small.language_model_params(), small.SGD, jax.random.key(0)
+  )
+
+
+@pytest.fixture(scope="module")
+def updated():
+  return update(_state(), small.lm_batch(), CFG)
+
+
+def test_loss_is_the_mean_over_target_tokens_of_a_numpy_loop(updated):
+  batch = small.lm_batch()
+  logits = jax.jit(small.logits_fn)(
+      _state().params, batch.tokens, batch.segment_ids
+  )
+  losses, right = [], []
+  for b, i in zip(*np.nonzero(np.asarray(batch.loss_mask)), strict=True):
+    row = np.asarray(logits[b, i - 1], np.float64)
+    target = int(batch.tokens[b, i])
+    losses.append(-reference.log_softmax(row)[target])
+    right.append(row.argmax() == target)
+  numbers = metrics_lib.compute(updated[1])
+  np.testing.assert_allclose(numbers["sft/loss"], np.mean(losses), rtol=1e-5)
+  np.testing.assert_allclose(numbers["sft/token_accuracy"], np.mean(right))
+  assert int(updated[1]["sft/loss"].count) == len(losses)
+
+
+def test_four_microbatches_equal_one(updated):
+  state, metrics = updated
+  cfg = dataclasses.replace(CFG, num_microbatches=4)
+  state_4, metrics_4 = update(_state(), small.lm_batch(), cfg)
+  assert_trees_close(state_4.params, state.params, atol=1e-6)
+  assert_trees_close(
+      metrics_lib.compute(metrics_4), metrics_lib.compute(metrics), rtol=1e-6
+  )
+
+
+def test_one_device_equals_eight(updated):
+  state, metrics = updated
+  mesh = sharding.make_mesh(8)
+  state_8, metrics_8 = update(
+      sharding.replicate(_state(), mesh),
+      sharding.shard_rows(small.lm_batch(), mesh),
+      CFG,
+  )
+  assert_trees_close(state_8.params, state.params, atol=1e-5)
+  assert_trees_close(
+      metrics_lib.compute(metrics_8), metrics_lib.compute(metrics), rtol=1e-5
+  )
+
+
+def test_same_seed_is_bitwise_the_same(updated):
+  assert_trees_equal(
+      update(_state(), small.lm_batch(), CFG)[0].params, updated[0].params
+  )
+
+
+def test_what_is_no_target_is_not_trained_on(updated):
+  # The last token of every row is seen by nothing, so only its loss could.
+  batch = small.lm_batch()
+  masked = dataclasses.replace(
+      batch, loss_mask=batch.loss_mask.at[:, -1].set(0.0)
+  )
+  changed = dataclasses.replace(
+      masked, tokens=(masked.tokens.at[:, -1].add(1)) % small.V
+  )
+  first, _ = update(_state(), masked, CFG)
+  second, _ = update(_state(), changed, CFG)
+  assert_trees_close(first.params, second.params, atol=1e-7)
+
+
+def test_batch_without_a_target_moves_nothing():
+  batch = dataclasses.replace(
+      small.lm_batch(), loss_mask=jnp.zeros((small.B, small.T), jnp.float32)
+  )
+  state, metrics = update(_state(), batch, CFG)
+  assert_trees_equal(state.params, _state().params)
+  assert float(metrics["nonfinite/loss"].total) == 0
+  assert "sft/loss" not in metrics_lib.compute(metrics)
+
+
+def test_nan_is_not_applied_bitwise_and_counts():
+  # Infinite weights make the logits NaN, as an overflow would.
+  params = small.language_model_params()
+  trunk = params["trunk"] | {
+      "token_embedding": params["trunk"]["token_embedding"].at[0].set(jnp.inf)
+  }
+  before = dataclasses.replace(_state(), params=params | {"trunk": trunk})
+  after, metrics = update(before, small.lm_batch(), CFG)
+  assert_trees_equal(after.params, before.params)
+  assert (int(after.step), int(after.skipped_steps)) == (1, 1)
+  assert float(metrics["nonfinite/loss"].total) == 1
+  assert float(metrics["nonfinite/trunk/token_embedding"].total) == 1
+
+
+def test_z_loss_coefficient_is_data_and_compiles_nothing():
+  step = jax.jit(sft.make_sft_update(small.logits_fn, small.SGD))
+  step(_state(), small.lm_batch(), sft.SFTConfig())
+  step(_state(), small.lm_batch(), sft.SFTConfig(z_loss_coef=0.1))
+  assert step._cache_size() == 1
+
+
+@functools.cache
+def _overfit(num_steps=250):
+  """Eight random sequences; the first two tokens tell which one it is."""
+  tokens = random_tokens(3, 8, 8, vocab_size=small.V)
+  tokens = tokens.at[:, 0].set(jnp.arange(8)).at[:, 1].set(jnp.arange(8))
+  batch = LMBatch(
+      tokens=tokens,
+      segment_ids=jnp.ones_like(tokens),
+      loss_mask=jnp.ones((8, 8), jnp.float32).at[:, :2].set(0.0),
+  )
+  config = dataclasses.replace(small.CONFIG, num_layers=2)
+  tx = optim.make_optimizer(
+      optim.OptimizerConfig(learning_rate=0.02, schedule="linear"), num_steps
+  )
+  step = sft.make_sft_update(functions.make_logits_fn(config), tx)
+  params = functions.init_language_model(jax.random.key(0), config)
+  state = create_train_state(params, tx, jax.random.key(0))
+
+  @jax.jit
+  def train(state):
+    body = lambda state, _: step(state, batch, sft.SFTConfig())
+    return jax.lax.scan(body, state, None, length=num_steps)
+
+  return train(state)[1]
+
+
+def test_overfits_eight_sequences():
+  metrics = _overfit()
+  loss = metrics["sft/loss"].total / metrics["sft/loss"].count
+  assert loss[0] > 2.5
+  assert loss[-1] < 0.05

@@ -1,0 +1,52 @@
+"""A policy and a value that are tables: what PPO is without a transformer.
+
+The first prompt token of a row is its number, so that a row finds its own
+logits whatever minibatch it is in. params: {'policy': logits [B, C+1, V],
+'value': [B, C+1]}; position i stands before completion token i.
+"""
+
+import jax.numpy as jnp
+import numpy as np
+
+from rlhf_jax.types import Rollout
+
+B, C, V = 4, 3, 4
+LENGTHS = (3, 1, 2, 3)
+ENDED = (True, True, False, False)
+
+
+def policy_value_fn(params, tokens, segment_ids, last):
+  del segment_ids
+  row = tokens[:, 0]
+  assert params["policy"].shape[1] == last
+  return params["policy"][row], params["value"][row]
+
+
+def ref_logits_fn(table, tokens, segment_ids, last):
+  del segment_ids, last
+  return table[tokens[:, 0]]
+
+
+def random_tables(seed=0):
+  """(params, ref table)."""
+  rng = np.random.default_rng(seed)
+  draw = lambda *shape: jnp.asarray(rng.normal(size=shape), jnp.float32)
+  params = {"policy": draw(B, C + 1, V), "value": draw(B, C + 1)}
+  return params, draw(B, C + 1, V)
+
+
+def make_rollout(seed=0, lengths=LENGTHS, ended=ENDED, vocab_size=V):
+  rng = np.random.default_rng(seed)
+  num = len(lengths)
+  width = max(lengths)
+  mask = np.arange(width)[None] < np.asarray(lengths)[:, None]
+  return Rollout(
+      prompts=jnp.arange(num, dtype=jnp.int32)[:, None],
+      prompt_mask=jnp.ones((num, 1), jnp.int32),
+      completions=jnp.asarray(
+          rng.integers(0, vocab_size, (num, width)), jnp.int32
+      ),
+      completion_mask=jnp.asarray(mask, jnp.int32),
+      logprobs=jnp.zeros((num, width), jnp.float32),
+      ended=jnp.asarray(ended),
+  )

@@ -18,6 +18,17 @@ def check_arg(arg: str, *known: str) -> None:
     raise ValueError(f"mini-argument {arg!r} is none of {', '.join(known)}")
 
 
+def parse_seed(arg: str) -> tuple[str, int]:
+  """'full,seed=3' -> ('full', 3); without a seed it is 0."""
+  name, _, rest = arg.partition(",")
+  if not rest:
+    return name, 0
+  key, _, value = rest.partition("=")
+  if key != "seed" or not value.isdigit():
+    raise ValueError(f"mini-argument {arg!r}: after the comma comes seed=NUMBER")
+  return name or FULL, int(value)
+
+
 def source(name: str, limit: int = 0, on_error: str = "raise") -> ConfigDict:
   """Where records come from; limit 0 takes them all."""
   return ConfigDict(dict(source=name, limit=limit, on_error=on_error))
@@ -83,7 +94,7 @@ def samples(
 
 def assistant_samples() -> ConfigDict:
   """Lengths that hold the embedded domain's requests and answers."""
-  return samples(max_prompt_length=16, max_completion_length=32)
+  return samples(max_prompt_length=20, max_completion_length=32)
 
 
 def llama_like(

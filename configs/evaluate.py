@@ -29,6 +29,6 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           prompts=common.source(common.ASSISTANT, 32 if smoke else 512),
           samples=common.assistant_samples(),
           batch_size=32 if smoke else 256,
-          kl_target=4.0,
+          kl_target=1.5,
       )
   )

@@ -19,14 +19,14 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
       dict(
           seed=0,
           init_from="runs/first/sft",
-          prompts=common.source(common.ASSISTANT, 64 if smoke else 2_000),
+          prompts=common.source(common.ASSISTANT, 48 if smoke else 1_500),
           heldout_prompts=common.source(
-              common.ASSISTANT, 32 if smoke else 400
+              common.ASSISTANT, 32 if smoke else 200
           ),
           annotators=common.ASSISTANT,
           kind="ranking" if arg == "ranking" else "comparison",
           num_completions=4,
           samples=common.assistant_samples(),
-          batch_size=64 if smoke else 400,
+          batch_size=64 if smoke else 200,
       )
   )

@@ -35,7 +35,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           heldout=common.source(f"{preferences}/heldout_{kind}.jsonl"),
           heldout_split="all",
           too_long="drop",
-          max_prompt_length=16,
+          max_prompt_length=20,
           # One more than is sampled: the end token of one that never ended. What
           # an untrained model samples is no text, and takes more tokens again.
           max_completion_length=96 if smoke else 33,

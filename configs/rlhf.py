@@ -12,6 +12,8 @@ data: a story model that was pretrained elsewhere, fine-tuned on stories; a
 reward model from film sentences, positive preferred to negative; PPO that makes
 continuations of stories happier; judged by a second reward model, trained from
 the base model on other sentences, that PPO never sees.
+
+Each takes a seed: configs/rlhf.py:full,seed=3.
 """
 
 from ml_collections import ConfigDict
@@ -29,7 +31,8 @@ from configs import (
 
 
 def get_config(arg: str = common.FULL) -> ConfigDict:
-  """full, smoke, hacking or stories."""
+  """full, smoke, hacking or stories; with a seed or 0."""
+  arg, seed = common.parse_seed(arg)
   common.check_arg(arg, common.FULL, common.SMOKE, "hacking", "stories")
   if arg == "stories":
     config = stories.get_config()
@@ -48,7 +51,17 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
     )
     if arg == "hacking":
       config.evaluate.kl_target = 0.0
-  return ConfigDict(_in_run(config.to_dict()))
+  return ConfigDict(_in_run(_seeded(config.to_dict(), seed)))
+
+
+def _seeded(value, seed: int):
+  """Every stage's seed, moved by `seed`."""
+  if not isinstance(value, dict):
+    return value
+  return {
+      name: item + seed if name == "seed" else _seeded(item, seed)
+      for name, item in value.items()
+  }
 
 
 def _in_run(value):

@@ -17,6 +17,7 @@ stage's config.
 
 import collections
 import dataclasses
+import itertools
 import random
 from typing import Any, Literal
 
@@ -35,8 +36,8 @@ from rlhf_jax.worlds import annotators
 class Config:
   """init_from: the policy whose completions are compared.
 
-  num_completions: K a prompt. Of kind 'comparison', every prompt's K samples
-    are paired off in order (K / 2 comparisons a prompt).
+  num_completions: K a prompt. Of kind 'comparison', every two of them are
+    compared, each time by another annotator drawn at random.
   """
 
   seed: int
@@ -53,11 +54,6 @@ class Config:
     if self.num_completions < 2:
       raise ValueError(
           f"num_completions must be at least 2: {self.num_completions}"
-      )
-    if self.kind == "comparison" and self.num_completions % 2:
-      raise ValueError(
-          f"num_completions={self.num_completions} cannot be paired off: it "
-          "must be even for comparisons"
       )
 
 
@@ -128,7 +124,7 @@ def label(
     if config.kind == "ranking":
       choices = [list(dict.fromkeys(completions))]
     else:
-      choices = list(zip(completions[::2], completions[1::2]))
+      choices = list(itertools.combinations(completions, 2))
     for choice in choices:
       if len(set(choice)) < 2:
         left_out["all the same"] += 1

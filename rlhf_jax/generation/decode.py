@@ -12,6 +12,7 @@ beside it, on its place in the batch, on the batch's size or on sharding.
 """
 
 from collections.abc import Callable
+import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -87,6 +88,10 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
     rows: [B] row numbers for the random streams, 0..B-1 if None. Give a
       prompt's number in the whole set when the set is sampled in parts.
   """
+
+  # One decode step does little work a layer: unrolled layers would each copy
+  # their slice out of the stacked cache, which the loop reads in place.
+  model = LanguageModel(dataclasses.replace(model.config, scan_unroll=1))
 
   def generate(
       params,

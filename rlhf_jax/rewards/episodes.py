@@ -79,6 +79,6 @@ def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
 def _is_number(score: Any) -> bool:
   """Whether float32 can hold it: NaN, None, text and 1e300 are none."""
   try:
-    return bool(abs(score) <= np.finfo(np.float32).max)
+    return bool(abs(score) <= float(np.finfo(np.float32).max))
   except (TypeError, ValueError):
     return False

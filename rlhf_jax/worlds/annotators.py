@@ -51,11 +51,11 @@ class Annotator:
 
 
 ANNOTATORS = (
-    Annotator("ada", 12.0, 0.8, 0.0),
-    Annotator("bo", 9.0, 1.6, 0.3),
-    Annotator("cy", 8.0, 2.0, 0.2),
-    Annotator("di", 6.0, 1.4, 0.5),
-    Annotator("ed", 10.0, 1.4, 0.1),
+    Annotator("ada", 12.0, 0.5, 0.0),
+    Annotator("bo", 9.0, 1.1, 0.3),
+    Annotator("cy", 8.0, 1.4, 0.2),
+    Annotator("di", 6.0, 0.9, 0.5),
+    Annotator("ed", 10.0, 0.9, 0.1),
 )
 
 

@@ -14,9 +14,9 @@ from tests.updates import small
 
 SEEDS, ITERATIONS, ROWS, LENGTH = 3, 30, 32, 6
 LIKED = 3
-KL_TARGET = 1.0
+KL_TARGET = 2.0
 # The controller multiplies, so a coefficient of zero stays zero: no control.
-KL_COEFS = (0.0, 0.2)
+KL_COEFS = (0.0, 0.5)
 
 
 @functools.cache
@@ -38,7 +38,7 @@ def _train():
       temperature=1.0,
       kl_controller="adaptive",
       kl_target=KL_TARGET,
-      kl_horizon=20.0 * ROWS,
+      kl_horizon=2.0 * ROWS,
       replace_missing_eos=False,
       num_epochs=2,
       num_minibatches=2,
@@ -74,12 +74,16 @@ def _train():
         functools.partial(iterate, ref_params), state, None, length=ITERATIONS
     )[1]
 
-  over_seeds = jax.vmap(train, in_axes=(0, None))
-  rngs = jax.vmap(jax.random.key)(jnp.arange(SEEDS))
-  shares, kls = jax.jit(jax.vmap(over_seeds, in_axes=(None, 0)))(
-      rngs, jnp.asarray(KL_COEFS, jnp.float32)
+  # By lax.map, as a vmapped program takes twice as long to compile.
+  seeds, coefs = jnp.meshgrid(jnp.arange(SEEDS), jnp.asarray(KL_COEFS))
+  runs = jax.jit(
+      lambda runs: jax.lax.map(
+          lambda run: train(jax.random.key(run[0]), run[1]), runs
+      )
   )
-  return np.asarray(shares), np.asarray(kls)
+  out = runs((seeds.ravel(), coefs.ravel()))
+  shape = (len(KL_COEFS), SEEDS, ITERATIONS)
+  return tuple(np.asarray(x).reshape(shape) for x in out)
 
 
 def test_ppo_learns_a_rule_with_every_seed():
@@ -93,5 +97,5 @@ def test_kl_controlled_run_learns_too_and_stays_near_its_target():
   shares, kls = _train()
   free, held = kls[:, :, -5:].mean(axis=-1)
   assert free.min() > 5 * KL_TARGET
-  assert held.max() < 3 * KL_TARGET
-  assert shares[1, :, -5:].mean(axis=-1).min() > 0.15
+  assert held.max() < 2 * KL_TARGET
+  assert shares[1, :, -5:].mean(axis=-1).min() > 0.2

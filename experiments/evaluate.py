@@ -42,6 +42,12 @@ class Config:
     for item in self.policies:
       if "=" not in item:
         raise ValueError(f"policies: {item!r} is not 'name=place'")
+    if not self.policies or len(self.places) < len(self.policies):
+      raise ValueError(
+          "policies: give at least one, and each a name of its own: "
+          f"{', '.join(self.policies)}"
+      )
+    evaluator.check_judge(self.judge)
     if self.ref_policy and self.ref_policy not in self.places:
       raise ValueError(
           f"ref_policy={self.ref_policy!r} is none of the policies "

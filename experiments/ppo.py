@@ -29,6 +29,7 @@ from experiments.harness import (
     sources,
     stage,
 )
+from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.generation import decode
@@ -91,6 +92,7 @@ class Config:
           "value_network='shared' reads the policy's trunk, so value_init must "
           "be 'policy' or 'zero'"
       )
+    evaluator.check_judge(self.judge)
 
 
 class Batches:
@@ -249,7 +251,7 @@ def init_value(
   """The value network's shape (None: shares the policy's trunk) and params.
 
   Raises:
-    ValueError: if it is to start from a reward model with another tokenizer,
+    ConfigError: if it is to start from a reward model with another tokenizer,
       which cannot read the policy's tokens.
   """
   zero_head = config.value_init == "zero"
@@ -261,7 +263,7 @@ def init_value(
         policy.params, rng, policy.config, zero_head=zero_head
     )
   if reward_model.tokenizer.fingerprint != policy.tokenizer.fingerprint:
-    raise ValueError(
+    raise ConfigError(
         "value_init='reward_model': the reward model has another tokenizer "
         "than the policy; take 'policy' or 'zero'"
     )
@@ -309,12 +311,12 @@ def _check_fits(
   )
   for name, model in (("policy", policy), ("reference", ref_policy)):
     if length > model.config.max_length:
-      raise ValueError(
+      raise ConfigError(
           f"max_prompt_length + max_completion_length = {length} does not fit "
           f"the {name}'s max_length={model.config.max_length}"
       )
   if policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint:
-    raise ValueError(
+    raise ConfigError(
         "the reference policy has another tokenizer than the policy: their "
         "log-probs cannot be compared"
     )

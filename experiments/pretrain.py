@@ -15,6 +15,7 @@ from absl import logging
 import jax
 
 from experiments.harness import cli, language_model, models, sources, stage
+from experiments.harness.config import ConfigError
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
@@ -62,7 +63,7 @@ def run(config: Config, workdir: str) -> None:
   documents = reader.documents(config.documents, "train")
   tokenizer = make_tokenizer(config.tokenizer, documents)
   if tokenizer.vocab_size != config.model.vocab_size:
-    raise ValueError(
+    raise ConfigError(
         f"the tokenizer has {tokenizer.vocab_size} tokens, and "
         f"model.vocab_size is {config.model.vocab_size}"
     )

@@ -27,6 +27,7 @@ from experiments.harness import (
     sources,
     stage,
 )
+from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, pipeline
 from rlhf_jax.data.records import Ranking
@@ -281,7 +282,7 @@ def _normalize(
 def _check_fits(config: Config, policy: models.Policy) -> None:
   length = config.max_prompt_length + config.max_completion_length
   if length > policy.config.max_length:
-    raise ValueError(
+    raise ConfigError(
         f"max_prompt_length + max_completion_length = {length} does not fit "
         f"the model's max_length={policy.config.max_length}"
     )

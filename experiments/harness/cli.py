@@ -14,7 +14,7 @@ from ml_collections import config_flags
 
 from experiments.harness import config as config_lib, loop
 from rlhf_jax import checkpoint
-from rlhf_jax.data import encoding, readers, tokenizer
+from rlhf_jax.data import encoding, pipeline, readers, tokenizer
 
 
 class UserError(ValueError):
@@ -28,6 +28,7 @@ _EXPECTED = (
     checkpoint.ConfigMismatch,
     checkpoint.StateMismatch,
     encoding.LengthError,
+    pipeline.DatasetError,
     readers.ReadError,
     tokenizer.TokenizerError,
     loop.NonFiniteError,

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import models, sources
+from experiments.harness.config import ConfigError
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation import policy_kl
@@ -49,13 +50,13 @@ class SampleConfig:
     """The library's config, with ids for texts.
 
     Raises:
-      ValueError: if a stop text is not one token.
+      ConfigError: if a stop text is not one token.
     """
     stop_ids = []
     for text in self.stop_tokens:
       ids = tokenizer.encode(text, continues=True)
       if len(ids) != 1:
-        raise ValueError(
+        raise ConfigError(
             f"stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer, and "
             "must be one"
         )
@@ -121,17 +122,23 @@ def make_world_judge() -> Judge:
 
 def make_judge(name: str) -> Judge | None:
   """The judge that a config names: 'world:assistant', 'reward_model:PLACE', ''."""
+  check_judge(name)
   if not name:
     return None
   if name == sources.ASSISTANT:
     return make_world_judge()
-  if name.startswith(REWARD_MODEL):
-    score = make_reward_fn(
-        models.load_reward_model(name.removeprefix(REWARD_MODEL))
-    )
-    return lambda episodes: [
-        {"true_reward": float(x)} for x in np.asarray(score(episodes))
-    ]
+  score = make_reward_fn(
+      models.load_reward_model(name.removeprefix(REWARD_MODEL))
+  )
+  return lambda episodes: [
+      {"true_reward": float(x)} for x in np.asarray(score(episodes))
+  ]
+
+
+def check_judge(name: str) -> None:
+  """Raises ValueError for what `make_judge` does not know."""
+  if name in ("", sources.ASSISTANT) or name.startswith(REWARD_MODEL):
+    return
   raise ValueError(
       f"judge {name!r} is neither {sources.ASSISTANT!r} nor "
       f"'{REWARD_MODEL}PLACE' nor ''"

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import evaluator, loop, models, sources, stage
+from experiments.harness.config import ConfigError
 from rlhf_jax import metrics as metrics_lib, optim, sharding
 from rlhf_jax.data import packing, pipeline
 from rlhf_jax.models import functions
@@ -63,6 +64,10 @@ def check_divides(
   """
   if num_devices == -1:
     num_devices = jax.device_count()
+  elif num_devices > 1 and num_devices > jax.device_count():
+    raise ValueError(
+        f"num_devices={num_devices}, but there are {jax.device_count()}"
+    )
   if batch_size < 1 or num_parts < 1 or num_devices < 1:
     raise ValueError(
         f"{name}={batch_size}, its number of parts ({num_parts}) and "
@@ -196,7 +201,7 @@ def _check_fits(cfg: LanguageModelConfig, policy: models.Policy) -> None:
       cfg.samples.max_prompt_length + cfg.samples.max_completion_length,
   )
   if longest > policy.config.max_length:
-    raise ValueError(
+    raise ConfigError(
         f"rows of {longest} tokens (seq_len, or the samples' prompt and "
         f"completion) do not fit the model's max_length="
         f"{policy.config.max_length}"

@@ -27,6 +27,7 @@ import jax
 import numpy as np
 import tqdm
 
+from experiments.harness.config import ConfigError
 from experiments.harness.metric_writer import MetricWriter
 from rlhf_jax import checkpoint, metrics as metrics_lib
 from rlhf_jax.updates.gradient import NONFINITE
@@ -246,6 +247,12 @@ class _Loop:
 
   def _evaluate(self, step: int) -> None:
     self.evaluation, samples = self.task.evaluate(self.task.state)
+    best = self.cfg.best_metric
+    if best and best not in self.evaluation:
+      raise ConfigError(
+          f"loop.best_metric={best!r} is not among what {self.task.name} "
+          f"evaluates: {', '.join(sorted(self.evaluation))}"
+      )
     if self.evaluation:
       self.writer.write(step, self.evaluation)
     if samples:

@@ -2,7 +2,7 @@
 
     world:assistant        the embedded domain; as many as asked for
     stories:PATH           TinyStories' text layout: a lone line break ends a
-                           story; the last tenth is held out
+                           story; every tenth is held out
     text:PATH              documents divided by blank lines; likewise
     polarity:ZIP:HALF      film sentences as comparisons, half 0 or 1
     hh:PATH, gsm8k:PATH    files as their publishers ship them
@@ -15,6 +15,7 @@ with its reason to `<stage>/skipped/`.
 import dataclasses
 import pathlib
 import re
+import zlib
 
 from experiments.harness.models import expand
 from rlhf_jax.data import publishers, readers, records
@@ -22,7 +23,7 @@ from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking
 from rlhf_jax.worlds import assistant
 
 ASSISTANT = "world:assistant"
-_HELDOUT_SHARE = 0.1
+_HELDOUT_EVERY = 10
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
 
@@ -108,10 +109,15 @@ class Reader:
     kind, _, path = source.partition(":")
     if kind == "polarity":
       path, _, half = path.rpartition(":")
-      found = publishers.read_sentence_polarity(
+      if half not in ("0", "1"):
+        raise readers.ReadError(
+            f"{source}: want polarity:ZIP:0 or polarity:ZIP:1"
+        )
+      parts = publishers.read_sentence_polarity(
           path, half=int(half), seed=self.seed
-      )[split]
-      return _limited(found, cfg)
+      )
+      names = ("train", "heldout") if split == "all" else (split,)
+      return _limited([x for name in names for x in parts[name]], cfg)
     if kind == "hh":
       found = publishers.read_hh(path, self._skipped(source))
     elif "ranking" in pathlib.Path(source).name:
@@ -124,16 +130,26 @@ class Reader:
     if cfg.on_error == "raise":
       return readers.read_records(source, kind)
     return readers.read_records(
-        source, kind, on_error="skip", skipped_path=self._skipped(source)
+        source,
+        kind,
+        on_error="skip",
+        skipped_path=self._skipped(f"{kind}:{source}"),
     )
 
   def _skipped(self, source: str) -> pathlib.Path:
     name = re.sub(r"[^\w.]+", "_", source.rpartition("/")[2])
-    return self.skipped_dir / f"{name}.jsonl"
+    # Files of one name in two folders must not overwrite one another.
+    unique = zlib.crc32(source.encode())
+    return self.skipped_dir / f"{name}_{unique:08x}.jsonl"
 
 
 def _documents(source: str) -> list[str]:
   kind, _, path = source.partition(":")
+  if kind not in ("stories", "text"):
+    raise readers.ReadError(
+        f"{source}: text comes from stories:PATH or text:PATH, or from"
+        f" {ASSISTANT}"
+    )
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8")
   except UnicodeDecodeError as error:
@@ -147,13 +163,18 @@ def _documents(source: str) -> list[str]:
 
 
 def _split(items: list, split: str) -> list:
-  """'train' and 'heldout' by position; 'all' for a source that was divided."""
+  """Every tenth is held out; 'all' is for a source that was divided already.
+
+  Not the last tenth: files are often sorted, by length or by origin.
+  """
   if split == "all":
     return items
-  num_heldout = max(1, round(len(items) * _HELDOUT_SHARE))
-  if num_heldout == len(items):
+  if len(items) < 2:
     raise readers.ReadError("one record alone cannot be divided into splits.")
-  return items[-num_heldout:] if split == "heldout" else items[:-num_heldout]
+  # From the end, so that two records are enough for two splits.
+  heldout = set(range(len(items) - 1, -1, -_HELDOUT_EVERY))
+  wanted = split == "heldout"
+  return [x for i, x in enumerate(items) if (i in heldout) == wanted]
 
 
 def _limited(items: list, cfg: SourceConfig) -> list:

@@ -14,6 +14,10 @@ import numpy as np
 T = TypeVar("T")
 
 
+class DatasetError(ValueError):
+  """The rows do not make the batches asked for; names the numbers."""
+
+
 def make_dataset(
     arrays: T, *, batch_size: int, seed: int, num_epochs: int | None = None
 ) -> grain.IterDataset:
@@ -32,11 +36,12 @@ def make_dataset(
     num_epochs: passes over the rows, or None to go on for ever.
 
   Raises:
-    ValueError: the leaves differ in rows, or there are fewer than batch_size.
+    DatasetError: there are fewer rows than batch_size.
+    ValueError: the leaves differ in rows.
   """
   num_rows = count_rows(arrays)
   if not 1 <= batch_size <= num_rows:
-    raise ValueError(
+    raise DatasetError(
         f"batch_size={batch_size} does not fit {num_rows} rows; give 1 to"
         f" {num_rows}."
     )

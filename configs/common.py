@@ -55,14 +55,15 @@ def optimizer(learning_rate: float, **changes) -> ConfigDict:
 
 
 def loop(num_steps: int, **changes) -> ConfigDict:
-  """Logs 20 times, evaluates 4 times and saves twice, unless changed."""
+  """Logs 20 times, evaluates and saves 4 times, unless changed."""
   log_every = max(num_steps // 20, 1)
+  eval_every = max(num_steps // 4 // log_every, 1) * log_every
   cfg = ConfigDict(
       dict(
           num_steps=num_steps,
           log_every=log_every,
-          eval_every=max(num_steps // 4, 1),
-          checkpoint_every=max(num_steps // 2 // log_every, 1) * log_every,
+          eval_every=eval_every,
+          checkpoint_every=eval_every,
           keep_checkpoints=2,
           best_metric="",
           best_mode="max",

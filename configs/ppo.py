@@ -66,6 +66,9 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               log_every=1,
               eval_every=max(num_iterations // 10, 1),
               checkpoint_every=max(num_iterations // 5, 1),
+              # What the policy is trained on; the true reward is not to be
+              # selected by.
+              best_metric="eval/score",
           ),
           samples=common.assistant_samples(),
           judge=common.ASSISTANT,

@@ -42,7 +42,9 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
                   weight_decay=0.1,
               ),
               sft=dict(z_loss_coef=0.0, num_microbatches=1),
-              loop=common.loop(8 if smoke else 700, best_mode="min"),
+              loop=common.loop(
+                  8 if smoke else 700, best_metric="eval/loss", best_mode="min"
+              ),
               samples=common.assistant_samples(),
               sample_prompts=common.source(common.ASSISTANT, 12),
           ),

@@ -48,7 +48,9 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               b2=0.98,
           ),
           reward=dict(center_coef=0.0, num_microbatches=1),
-          loop=common.loop(8 if smoke else 220),
+          loop=common.loop(
+              8 if smoke else 220, best_metric="eval/accuracy"
+          ),
           normalize_on=common.source(common.ASSISTANT, 64 if smoke else 256),
           samples=common.assistant_samples(),
       )
@@ -78,4 +80,4 @@ def _use_hh(config: ConfigDict) -> None:
   config.optimizer = common.optimizer(
       5e-4, schedule="cosine", warmup_steps=10, weight_decay=0.1
   )
-  config.loop = common.loop(200)
+  config.loop = common.loop(200, best_metric="eval/accuracy")

@@ -36,12 +36,14 @@ def sft_config() -> ConfigDict:
   config.init_from = BASE
   config.demonstrations = common.source(STORIES)
   config.heldout_demonstrations = common.source(STORIES)
-  config.train.batch_size = 16
+  config.train.batch_size = 8
   config.train.seq_len = 512
   config.train.optimizer = common.optimizer(
       3e-4, schedule="cosine", warmup_steps=5
   )
-  config.train.loop = common.loop(60, best_mode="min")
+  config.train.loop = common.loop(
+      60, best_metric="eval/loss", best_mode="min"
+  )
   config.train.samples = samples()
   config.train.sample_prompts = common.source(STORIES, 12)
   return config
@@ -63,7 +65,7 @@ def reward_config(init_from: str, half: int) -> ConfigDict:
   config.optimizer = common.optimizer(
       1e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1
   )
-  config.loop = common.loop(300)
+  config.loop = common.loop(300, best_metric="eval/accuracy")
   config.normalize_on = common.source(STORIES, 256)
   config.samples = samples()
   return config
@@ -77,7 +79,11 @@ def ppo_config() -> ConfigDict:
   config.optimizer = common.optimizer(1e-4, schedule="linear", epsilon=1e-5)
   config.ppo.temperature = 0.7
   config.loop = common.loop(
-      60, log_every=1, eval_every=10, checkpoint_every=20
+      60,
+      log_every=1,
+      eval_every=10,
+      checkpoint_every=20,
+      best_metric="eval/score",
   )
   config.samples = samples()
   config.judge = "reward_model:runs/first/judge"

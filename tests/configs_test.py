@@ -362,3 +362,33 @@ def test_a_config_error_is_one_that_the_user_can_mend(capsys):
     from_config(_class("sft"), {})
   assert ended.value.code == 1
   assert capsys.readouterr().err.startswith("\nerror: ")
+
+
+def test_a_seed_moves_every_stages_seed_and_nothing_else():
+  get_config = _module("rlhf").get_config
+  zero, three = get_config("full").to_dict(), get_config("full,seed=3").to_dict()
+  assert _without_seeds(zero) == _without_seeds(three)
+  seeds = lambda config: list(_seeds(config))
+  assert [x + 3 for x in seeds(zero)] == seeds(three)
+  assert len(seeds(zero)) == 6
+
+
+def _seeds(value):
+  for name, item in value.items():
+    if name == "seed":
+      yield item
+    elif isinstance(item, dict):
+      yield from _seeds(item)
+
+
+def _without_seeds(value):
+  if not isinstance(value, dict):
+    return value
+  return {k: _without_seeds(v) for k, v in value.items() if k != "seed"}
+
+
+@pytest.mark.parametrize("arg", ["full,seed", "full,seed=x", "full,sed=1",
+                                 "full,seed=1,seed=2", "seed=1", "full,seed="])
+def test_a_seed_that_is_none_is_refused(arg):
+  with pytest.raises(ValueError, match="mini-argument|seed"):
+    _module("rlhf").get_config(arg)

@@ -25,7 +25,7 @@ def parse_seed(arg: str) -> tuple[str, int]:
     return name, 0
   key, _, value = rest.partition("=")
   if key != "seed" or not value.isdigit():
-    raise ValueError(f"mini-argument {arg!r}: after the comma comes seed=NUMBER")
+    raise ValueError(f"mini-argument {arg!r}: want seed=NUMBER after the comma")
   return name or FULL, int(value)
 
 

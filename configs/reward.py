@@ -36,8 +36,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           heldout_split="all",
           too_long="drop",
           max_prompt_length=20,
-          # One more than is sampled: the end token of one that never ended. What
-          # an untrained model samples is no text, and takes more tokens again.
+          # One more than is sampled: the end token of one that never ended.
+          # What an untrained model samples is no text: it takes more tokens.
           max_completion_length=96 if smoke else 33,
           batch_size=16 if smoke else 32,
           num_devices=1,

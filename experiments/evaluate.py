@@ -160,12 +160,10 @@ def _summary(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
         for family in families
     }
     parts = sorted({part for row in rows for part in row["parts"]})
-    summary["parts"] = {
-        part: float(
-            np.mean([row["parts"][part] for row in rows if part in row["parts"]])
-        )
-        for part in parts
-    }
+    mean = lambda part: float(
+        np.mean([row["parts"][part] for row in rows if part in row["parts"]])
+    )
+    summary["parts"] = {part: mean(part) for part in parts}
   return summary
 
 

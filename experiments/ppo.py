@@ -19,6 +19,7 @@ from typing import Any, Literal
 from absl import logging
 import jax
 import jax.numpy as jnp
+import optax
 
 from experiments.harness import (
     cli,
@@ -35,14 +36,15 @@ from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
-from rlhf_jax.rewards.episodes import Episodes
+from rlhf_jax.rewards.episodes import Episodes, RewardFn
 from rlhf_jax.updates import ppo
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-  """init_from: the policy; ref_policy: what KL is measured from ('': init_from).
+  """init_from: the policy.
 
+  ref_policy: what KL is measured from, '' for init_from.
   value_network: 'separate', or a head on the policy's own trunk ('shared').
   value_init: 'reward_model' takes its trunk and head (separate only); 'policy'
     the policy's trunk with a fresh head; 'zero' the same with a zero head.
@@ -134,6 +136,15 @@ def run(config: Config, workdir: str) -> None:
   value_config, value_params = init_value(
       config, policy, reward_model, rng_value
   )
+  reward_fn = evaluator.make_reward_fn(
+      dataclasses.replace(
+          reward_model, params=sharding.replicate(reward_model.params, mesh)
+      )
+  )
+  num_updates = (
+      config.loop.num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
+  )
+  tx = optim.make_optimizer(config.optimizer, num_updates)
 
   # ---- data ------------------------------------------------------------------
   reader = sources.Reader(config.seed, out.dir / "skipped")
@@ -142,30 +153,80 @@ def run(config: Config, workdir: str) -> None:
       policy.tokenizer,
       config.samples.max_prompt_length,
   )
-  prompts = encode("train", config.prompts)
-  heldout = encode("heldout", config.heldout_prompts)
   batches = Batches(
       iter(
           pipeline.make_dataset(
-              prompts, batch_size=config.rollout_batch_size, seed=config.seed
+              encode("train", config.prompts),
+              batch_size=config.rollout_batch_size,
+              seed=config.seed,
           )
       ),
       make_ptx_batches(config, policy, reader),
   )
-
-  # ---- programs --------------------------------------------------------------
-  num_updates = (
-      config.loop.num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
+  sampler = evaluator.Evaluator(
+      policy.config,
+      policy.tokenizer,
+      encode("heldout", config.heldout_prompts),
+      config.samples.sampling(policy.tokenizer),
+      ref_policy=ref_policy,
+      reward_fn=reward_fn,
+      judge=evaluator.make_judge(config.judge),
+      seed=config.seed,
+      batch_size=config.rollout_batch_size,
   )
-  tx = optim.make_optimizer(config.optimizer, num_updates)
+
+  def evaluate(state):
+    rows = sampler.rows(state.train.params["policy"])
+    return evaluator.averages(rows), rows[: config.num_logged_samples]
+
+  # ---- loop ------------------------------------------------------------------
+  # Copies: the state is donated, and the policy's and the reward model's own
+  # arrays are still needed.
+  params = jax.tree.map(
+      jnp.copy, {"policy": policy.params, "value": value_params}
+  )
+  state = ppo.create_ppo_state(
+      sharding.replicate(params, mesh), tx, rng_state, config.ppo
+  )
+  task = loop.Task(
+      name="ppo",
+      state=sharding.replicate(state, mesh),
+      step=make_step(
+          config, policy, ref_policy, value_config, reward_fn, tx, mesh
+      ),
+      batches=batches,
+      evaluate=evaluate,
+      skipped_steps=lambda state: state.train.skipped_steps,
+  )
+  state = loop.run_loop(
+      task, config.loop, workdir=str(out.dir), config=out.config
+  )
+  models.save_policy(
+      out.dir,
+      dataclasses.replace(
+          policy, params=jax.device_get(state.train.params["policy"])
+      ),
+  )
+  out.finish(evaluate(state)[0])
+
+
+def make_step(
+    config: Config,
+    policy: models.Policy,
+    ref_policy: models.Policy,
+    value_config: TransformerConfig | None,
+    reward_fn: RewardFn,
+    tx: optax.GradientTransformation,
+    mesh: jax.sharding.Mesh,
+):
+  """One iteration, (state, (prompts, ptx)) -> (state, metrics, scored).
+
+  Three programs, and between the first two whatever scores: it may be a model
+  on the device or a function of the text on the host.
+  """
   policy_value_fn = functions.make_policy_value_fn(policy.config, value_config)
   ref_logits_fn = functions.make_logits_fn(ref_policy.config)
   generate = decode.make_generate(heads.LanguageModel(policy.config))
-  reward_fn = evaluator.make_reward_fn(
-      dataclasses.replace(
-          reward_model, params=sharding.replicate(reward_model.params, mesh)
-      )
-  )
   ref_params = sharding.replicate(ref_policy.params, mesh)
   sampling = dataclasses.replace(
       config.samples.sampling(policy.tokenizer),
@@ -198,48 +259,7 @@ def run(config: Config, workdir: str) -> None:
     state, update_metrics = update_step(state, scored, ptx, config.ppo)
     return state, metrics | update_metrics, scored
 
-  # ---- loop ------------------------------------------------------------------
-  sampler = evaluator.Evaluator(
-      policy.config,
-      policy.tokenizer,
-      heldout,
-      config.samples.sampling(policy.tokenizer),
-      ref_policy=ref_policy,
-      reward_fn=reward_fn,
-      judge=evaluator.make_judge(config.judge),
-      seed=config.seed,
-      batch_size=config.rollout_batch_size,
-  )
-
-  def evaluate(state):
-    rows = sampler.rows(state.train.params["policy"])
-    return evaluator.averages(rows), rows[: config.num_logged_samples]
-
-  # Two trees: the policy's and the reward model's arrays are still needed.
-  params = jax.tree.map(
-      jnp.copy, {"policy": policy.params, "value": value_params}
-  )
-  state = ppo.create_ppo_state(
-      sharding.replicate(params, mesh), tx, rng_state, config.ppo
-  )
-  task = loop.Task(
-      name="ppo",
-      state=sharding.replicate(state, mesh),
-      step=step,
-      batches=batches,
-      evaluate=evaluate,
-      skipped_steps=lambda state: state.train.skipped_steps,
-  )
-  state = loop.run_loop(
-      task, config.loop, workdir=str(out.dir), config=out.config
-  )
-  models.save_policy(
-      out.dir,
-      dataclasses.replace(
-          policy, params=jax.device_get(state.train.params["policy"])
-      ),
-  )
-  out.finish(evaluate(state)[0])
+  return step
 
 
 def init_value(

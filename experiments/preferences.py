@@ -11,8 +11,8 @@
      of agreement.
 
 Completions that are all the same cannot be compared, nor can what is no text:
-they are counted and left out. People's comparisons need no such stage: name their files in the reward
-stage's config.
+they are counted and left out. People's comparisons need no such stage: name
+their files in the reward stage's config.
 """
 
 import collections

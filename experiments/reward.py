@@ -135,7 +135,7 @@ def run(config: Config, workdir: str) -> None:
 
   heldout_scores = scorer.scores(state.params, heldout)
   normalization = _normalize(
-      config, policy, state.params, score_fn, reader, rng_samples, heldout_scores
+      config, policy, state.params, reader, rng_samples, heldout_scores
   )
   report = make_calibration(heldout_scores, heldout, heldout_records)
   stage.write_json(out.dir / "calibration.json", report)
@@ -249,7 +249,6 @@ def _normalize(
     config: Config,
     policy: models.Policy,
     params: Any,
-    score_fn,
     reader: sources.Reader,
     rng: jax.Array,
     heldout_scores: np.ndarray,

@@ -3,8 +3,8 @@
     python -m experiments.sample --policies=runs/first/sft,runs/first/ppo \
         --prompts='What color is grass?'
 
-A place is a stage's folder (see `harness/models.py`). Without --prompts, prompts
-are held-out requests of the embedded domain.
+A place is a stage's folder (see `harness/models.py`). Without --prompts, the
+prompts are held-out requests of the embedded domain.
 """
 
 import pathlib
@@ -20,7 +20,7 @@ from rlhf_jax.data.records import Prompt
 
 _POLICIES = flags.DEFINE_list("policies", None, "Places, divided by commas.")
 _PROMPTS = flags.DEFINE_multi_string(
-    "prompts", [], "A prompt; give the flag again for more. \\n is a line break."
+    "prompts", [], "A prompt, \\n a line break; give the flag again for more."
 )
 _NUM_PROMPTS = flags.DEFINE_integer(
     "num_prompts", 6, "How many of the embedded domain's, without --prompts."
@@ -65,8 +65,8 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
   longest = policy.config.max_length - _LENGTH.value
   if longest < 1:
     raise cli.UserError(
-        f"--max_completion_length={_LENGTH.value} leaves no room for a prompt in "
-        f"{place}, whose max_length is {policy.config.max_length}"
+        f"--max_completion_length={_LENGTH.value} leaves no room for a prompt "
+        f"in {place}, whose max_length is {policy.config.max_length}"
     )
   lengths = [len(x) + 1 for x in policy.tokenizer.encode_batch(prompts)]
   cfg = evaluator.SampleConfig(
@@ -88,7 +88,8 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       seed=_SEED.value,
       batch_size=len(prompts),
   )
-  return [row["completion"] for row in sampler.rows(jax.device_put(policy.params))]
+  rows = sampler.rows(jax.device_put(policy.params))
+  return [row["completion"] for row in rows]
 
 
 def _print_columns(

@@ -20,7 +20,7 @@ from experiments.harness import cli, metric_writer
 from rlhf_jax.evaluation import intervals
 
 _RUNS = flags.DEFINE_string("runs", None, "Glob of the runs' workdirs.")
-_PLOT = flags.DEFINE_string("plot", "", "Where to draw the curves; '' does not.")
+_PLOT = flags.DEFINE_string("plot", "", "Where to draw the curves, if at all.")
 flags.mark_flag_as_required("runs")
 
 _QUANTITIES = ("true_reward", "score", "kl", "completion_length", "flattery")

@@ -29,7 +29,7 @@ def static(default: Any = dataclasses.MISSING) -> Any:
 
 
 def pytree_dataclass(cls):
-  """A frozen dataclass registered as a pytree; `static()` fields are metadata."""
+  """A frozen dataclass that is a pytree; `static()` fields are metadata."""
   return jax.tree_util.register_dataclass(
       dataclasses.dataclass(frozen=True, kw_only=True)(cls)
   )

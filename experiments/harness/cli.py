@@ -1,7 +1,7 @@
-"""Flags, start and end of a binary: `main` parses, `run(config, workdir)` works.
+"""Flags, start and end of a binary; the work is its `run(config, workdir)`.
 
-What a user can mend (a config, a data file, a mismatched checkpoint) ends in one
-message and exit code 1; anything else keeps its traceback.
+What a user can mend (a config, a data file, a mismatched checkpoint) ends in
+one message and exit code 1; anything else keeps its traceback.
 """
 
 from collections.abc import Callable

@@ -57,8 +57,8 @@ class SampleConfig:
       ids = tokenizer.encode(text, continues=True)
       if len(ids) != 1:
         raise ConfigError(
-            f"stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer, and "
-            "must be one"
+            f"stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer, "
+            "and must be one"
         )
       stop_ids.append(ids[0])
     return SamplingConfig(
@@ -121,7 +121,7 @@ def make_world_judge() -> Judge:
 
 
 def make_judge(name: str) -> Judge | None:
-  """The judge that a config names: 'world:assistant', 'reward_model:PLACE', ''."""
+  """The judge of a config: 'world:assistant', 'reward_model:PLACE' or ''."""
   check_judge(name)
   if not name:
     return None

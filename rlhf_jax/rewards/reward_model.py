@@ -47,8 +47,8 @@ def make_reward_model(
       tokens, mask = _encode_anew(episodes, tokenizer, config.max_length)
     if tokens.shape[1] > config.max_length:
       raise ValueError(
-          f"an episode has {tokens.shape[1]} tokens, and the reward model reads "
-          f"at most {config.max_length} (max_length)"
+          f"an episode has {tokens.shape[1]} tokens, and the reward model "
+          f"reads at most {config.max_length} (max_length)"
       )
     return score(params, normalization, tokens, mask)
 

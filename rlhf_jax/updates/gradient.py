@@ -45,7 +45,7 @@ def split_rows(batch: Any, num_parts: int) -> Any:
 
 
 def join_rows(parts: Any) -> Any:
-  """The inverse of `split_rows`: [num_parts, N, ...] -> [num_parts * N, ...]."""
+  """The inverse of `split_rows`: [num_parts, N, ...] -> [B, ...]."""
   return jax.tree.map(
       lambda x: x.swapaxes(0, 1).reshape(-1, *x.shape[2:]), parts
   )

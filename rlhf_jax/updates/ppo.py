@@ -40,12 +40,12 @@ microbatches and devices change nothing (N+ averages each device's mean).
       of `ptx` for every minibatch.
   11. num_epochs passes over the rollout, each over a new permutation in
       num_minibatches; microbatches accumulate exactly.
-  12. Once a minibatch's KL from the old policy exceeds `max_update_kl`, the rest
-      of the update is skipped (OpenAI Spinning Up, "early stopping").
+  12. Once a minibatch's KL from the old policy exceeds `max_update_kl`, the
+      rest of the update is skipped (OpenAI Spinning Up, "early stopping").
   13. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
       "Adam's epsilon"; TensorFlow's placement is optional).
 
-rollout -> score_rollout -> [epochs x minibatches: ppo_objective -> step] -> kl_coef
+rollout -> score_rollout -> [epochs x minibatches: objective -> step] -> kl_coef
 """
 
 from collections.abc import Callable
@@ -155,7 +155,7 @@ def iteration_rng(state: PPOState) -> jax.Array:
 def policy_outputs(
     policy_value_fn: PolicyValueFn, params: Any, rollout: Rollout
 ) -> tuple[Float[Array, "B N V"], Float[Array, "B C"]]:
-  """Logits of positions P-1 .. P+C-1 and the values before each completion token.
+  """Logits of positions P-1 .. P+C-1, values before each completion token.
 
   `token_logprobs` shifts the logits; the values shift here, alike.
   """

@@ -94,7 +94,7 @@ def test_ratio_is_one_on_the_first_minibatch_in_float32(updated):
 
 
 def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():
-  # The programs may round differently, by an eighth bit here and there; what
+  # The two programs may round bfloat16's last bits differently; what
   # they scored and what they differentiate is the same function.
   cfg = dataclasses.replace(CFG, num_epochs=1, ptx_coef=0.0)
   scored, _ = _score(cfg, dtype="bfloat16")

@@ -279,7 +279,13 @@ def encode_prompts(
     prompts: list, tokenizer: Tokenizer, max_length: int
 ) -> PromptBatch:
   """Left-padded prompts; one that is too long is an error."""
-  batch, _ = encoding.encode_prompts(
-      prompts, tokenizer, max_prompt_length=max_length, policy="error"
-  )
+  try:
+    batch, _ = encoding.encode_prompts(
+        prompts, tokenizer, max_prompt_length=max_length, policy="error"
+    )
+  except encoding.LengthError as error:
+    raise encoding.LengthError(
+        f"max_prompt_length={max_length}, any start token included, is too"
+        f" short for a prompt: {error}"
+    ) from error
   return batch

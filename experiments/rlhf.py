@@ -25,7 +25,7 @@ from typing import Any
 from absl import flags, logging
 
 from experiments import evaluate, ppo, preferences, pretrain, reward, sft
-from experiments.harness import cli, stage
+from experiments.harness import cli, config as config_lib, models, stage
 
 STAGES = {
     "pretrain": pretrain.run,
@@ -65,6 +65,7 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
     raise cli.UserError(
         f"--start_at={start_at!r} is none of {', '.join(STAGES)}"
     )
+  _check_environment(config_lib.to_dict(config))
   out = stage.Stage(workdir, config)
   names = list(STAGES)
   for name in names[names.index(start_at) if start_at else 0 :]:
@@ -81,6 +82,15 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
   path = report.write_report(out.dir)
   print(report.summary_text(out.dir))
   print(f"\nreport: {path}")
+
+
+def _check_environment(value: Any) -> None:
+  """Environment variables that a late stage needs are missed at the start."""
+  if isinstance(value, str):
+    models.expand(value)
+  elif isinstance(value, dict | list):
+    for item in value.values() if isinstance(value, dict) else value:
+      _check_environment(item)
 
 
 def in_run(value: Any, workdir: str) -> Any:

@@ -14,7 +14,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
   """full, or smoke: in seconds; hacking: no KL penalty and long."""
   common.check_arg(arg, common.FULL, common.SMOKE, "hacking")
   smoke, hacking = arg == common.SMOKE, arg == "hacking"
-  num_iterations = 4 if smoke else 90 if hacking else 50
+  num_iterations = 4 if smoke else 60 if hacking else 50
   return ConfigDict(
       dict(
           seed=0,
@@ -32,12 +32,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           ptx_documents=common.source(""),
           ptx_batch_size=0,
           ptx_seq_len=0,
-          optimizer=common.optimizer(
-              # Slowly, so that one sees what it turns to first.
-              1e-4 if hacking else 3e-4,
-              schedule="linear",
-              epsilon=1e-5,
-          ),
+          optimizer=common.optimizer(3e-4, schedule="linear", epsilon=1e-5),
           ppo=dict(
               temperature=1.0,
               kl_estimator="k1",

@@ -65,7 +65,7 @@ def reward_config(init_from: str, half: int) -> ConfigDict:
   config.optimizer = common.optimizer(
       1e-3, schedule="cosine", warmup_steps=20, weight_decay=0.1
   )
-  config.loop = common.loop(300, best_metric="eval/accuracy")
+  config.loop = common.loop(200, best_metric="eval/accuracy")
   config.normalize_on = common.source(STORIES, 256)
   config.samples = samples()
   return config
@@ -79,7 +79,7 @@ def ppo_config() -> ConfigDict:
   config.optimizer = common.optimizer(1e-4, schedule="linear", epsilon=1e-5)
   config.ppo.temperature = 0.7
   config.loop = common.loop(
-      60,
+      50,
       log_every=1,
       eval_every=10,
       checkpoint_every=20,

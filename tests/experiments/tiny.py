@@ -154,8 +154,17 @@ def start(*args) -> subprocess.Popen:
 
 def call(*args) -> subprocess.CompletedProcess:
   """Runs a binary to its end; see `command`."""
+  return _finish(command(*args))
+
+
+def sample(*flags: str) -> subprocess.CompletedProcess:
+  """Runs experiments.sample to its end."""
+  return _finish([sys.executable, "-m", "experiments.sample", *flags])
+
+
+def _finish(arguments: list[str]) -> subprocess.CompletedProcess:
   return subprocess.run(
-      command(*args),
+      arguments,
       cwd=REPO,
       env=environment(),
       capture_output=True,

@@ -1,0 +1,432 @@
+"""The whole pipeline end to end, as users run it and as they get it wrong."""
+
+import json
+import pathlib
+import re
+import shutil
+
+import jax
+import numpy as np
+import pytest
+from ml_collections import ConfigDict
+
+from experiments import ppo, preferences, pretrain, reward, rlhf, sft
+from experiments.harness import cli
+from experiments.harness.config import from_config
+from tests.experiments import tiny
+
+STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
+
+
+def run_stage(module, settings: ConfigDict, workdir) -> None:
+  module.run(from_config(module.Config, settings), str(workdir))
+
+
+def told(capsys, call) -> str:
+  """The one message with which a program ends on what its user can mend."""
+  capsys.readouterr()
+  with pytest.raises(SystemExit) as ended, cli.told_errors():
+    call()
+  assert ended.value.code == 1
+  message = capsys.readouterr().err
+  assert message.count("\nerror: ") == 1
+  return message.partition("\nerror: ")[2]
+
+
+def write_prompts(path: pathlib.Path, num: int, bad: int = 0) -> str:
+  rows = [{"prompt": f"What color is number {i}?\n"} for i in range(num)]
+  path.write_text(
+      "".join(json.dumps(row) + "\n" for row in rows) + "{not json\n" * bad
+  )
+  return str(path)
+
+
+# ---- A finished run ----------------------------------------------------------
+
+
+def test_every_stage_leaves_what_the_next_one_reads(finished_run):
+  for name in STAGES:
+    folder = finished_run / name
+    for file in ("config.json", "versions.json", "finished.json"):
+      assert json.loads((folder / file).read_text()), f"{name}/{file}"
+    assert not list(folder.rglob("*.writing"))
+  for name in ("pretrain", "sft", "reward", "ppo"):
+    assert (finished_run / name / "model").is_dir()
+    assert (finished_run / name / "tokenizer").is_dir()
+  versions = json.loads((finished_run / "versions.json").read_text())
+  assert {"python", "jax", "commit", "device", "command"} <= versions.keys()
+
+
+def test_every_stage_measures_under_its_own_name(finished_run):
+  for name in ("pretrain", "sft", "reward", "ppo"):
+    rows = tiny.read_jsonl(finished_run / name / "metrics.jsonl")
+    names = {key for row in rows for key in row}
+    prefixes = {key.split("/")[0] for key in names - {"step"}}
+    assert prefixes == {name, "eval", "nonfinite", "optimizer"}
+    assert all(row["nonfinite/steps"] == 0 for row in rows if len(row) > 9)
+  ppo_rows = tiny.read_jsonl(finished_run / "ppo" / "metrics.jsonl")
+  names = {key for row in ppo_rows for key in row}
+  assert {
+      "ppo/score",
+      "ppo/kl",
+      "ppo/kl_k3",
+      "ppo/kl_exact",
+      "ppo/kl_coef",
+      "ppo/entropy",
+      "ppo/completion_length",
+      "ppo/ended",
+      "ppo/policy_loss",
+      "ppo/value_loss",
+      "ppo/clip_fraction",
+      "ppo/explained_variance",
+      "eval/true_reward",
+      "eval/score",
+      "eval/kl",
+      "eval/completion_length",
+      "eval/flattery",
+  } <= names
+  first = ppo_rows[1]
+  # The first ratio is 1, and the reference policy is where the policy starts.
+  assert first["ppo/first_ratio_gap"] < 1e-5
+  assert abs(first["ppo/kl_exact"]) < 1e-4
+  assert first["ppo/rollout_logprob_gap"] < 1e-4
+
+
+def test_the_report_needs_nothing_beside_itself(finished_run):
+  page = (finished_run / "report.html").read_text()
+  assert "<script" not in page and "<link" not in page
+  for attribute in re.findall(r'(?:src|srcset|data|poster)="([^"]*)"', page):
+    assert attribute.startswith("data:"), attribute[:80]
+  for address in re.findall(r'url\(([^)]*)\)', page):
+    assert address.strip("'\"").startswith(("data:", "#")), address[:80]
+  assert "@import" not in page
+  for word in ("sft", "ppo", "reward", "commit", "kl_coef"):
+    assert word in page.lower()
+
+
+def test_the_reward_models_scores_are_normalised(finished_run):
+  extra = json.loads(
+      (finished_run / "reward" / "model" / "checkpoint.json").read_text()
+  )["contents"]["extra"]
+  assert extra["kind"] == "reward_model"
+  assert np.isfinite(extra["gain"]) and extra["gain"] > 0
+
+
+def test_preferences_count_what_was_left_out(finished_run):
+  folder = finished_run / "preferences"
+  summary = json.loads((folder / "finished.json").read_text())
+  for split in ("train", "heldout"):
+    rows = tiny.read_jsonl(folder / f"{split}_comparisons.jsonl")
+    assert summary[split]["num_records"] == len(rows) > 0
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    assert sum(summary[split]["by_annotator"].values()) == len(rows)
+
+
+def _contents(run: pathlib.Path) -> dict[str, tuple[int, int]]:
+  return {
+      str(path.relative_to(run)): (path.stat().st_mtime_ns, path.stat().st_size)
+      for path in run.rglob("*")
+      if path.is_file() and path.name != "report.html"
+  }
+
+
+def test_a_second_run_does_nothing_again(finished_run, capsys):
+  before = _contents(finished_run)
+  tiny.run_pipeline(finished_run)
+  assert _contents(finished_run) == before
+  # It still tells the outcome.
+  assert "True reward" in capsys.readouterr().out
+
+
+def test_another_config_is_refused_with_its_stage(finished_run, capsys):
+  settings = tiny.pipeline()
+  settings.ppo.ppo.kl_coef = 0.7
+  message = told(
+      capsys, lambda: run_stage(rlhf, settings, finished_run)
+  )
+  assert re.search(r"ppo\.ppo\.kl_coef: saved 0\.\d+, given 0\.7", message)
+
+
+# ---- Where it starts ---------------------------------------------------------
+
+
+def test_start_at_passes_over_what_is_before(finished_run, tmp_path):
+  workdir = tmp_path / "run"
+  shutil.copytree(finished_run, workdir)
+  # As if these had been made elsewhere: no finished.json, nothing to resume.
+  for name in ("pretrain", "sft"):
+    (workdir / name / "finished.json").unlink()
+    shutil.rmtree(workdir / name / "checkpoints")
+  shutil.rmtree(workdir / "evaluate")
+  # Places in the configs are this run's own: they moved with it.
+  for path in workdir.glob("*/config.json"):
+    path.write_text(
+        path.read_text().replace(str(finished_run), str(workdir))
+    )
+  tiny.run_pipeline(workdir, start_at="evaluate")
+  assert (workdir / "evaluate" / "finished.json").exists()
+  assert not (workdir / "pretrain" / "checkpoints").exists()
+  found, wanted = (
+      (run / "evaluate" / "completions.jsonl").read_text()
+      for run in (workdir, finished_run)
+  )
+  assert found == wanted
+
+
+def test_starting_too_late_names_what_is_missing(tmp_path, capsys):
+  workdir = tmp_path / "run"
+  message = told(capsys, lambda: tiny.run_pipeline(workdir, start_at="ppo"))
+  assert f"{workdir}/sft holds no finished model" in message
+  message = told(capsys, lambda: tiny.run_pipeline(workdir, start_at="pppo"))
+  assert "--start_at='pppo' is none of pretrain, sft" in message
+
+
+def test_a_stage_that_is_none_is_left_out(finished_run, tmp_path):
+  settings = tiny.pipeline()
+  settings = ConfigDict(tiny.in_run(settings.to_dict(), finished_run))
+  for name in STAGES[:5]:
+    with settings.ignore_type():
+      settings[name] = None
+  run_stage(rlhf, settings, tmp_path / "run")
+  assert sorted(x.name for x in (tmp_path / "run").iterdir() if x.is_dir()) == [
+      "evaluate"
+  ]
+  assert (tmp_path / "run" / "report.html").exists()
+
+
+# ---- Sampling in the terminal ------------------------------------------------
+
+
+def test_sample_shows_policies_side_by_side(finished_run):
+  places = ",".join(str(finished_run / name) for name in ("sft", "ppo"))
+  done = tiny.sample(
+      f"--policies={places}",
+      "--prompts=What color is grass?\\n",
+      "--prompts=Hello!",
+      "--max_completion_length=8",
+  )
+  assert done.returncode == 0, done.stderr
+  shown = done.stdout
+  assert shown.count("=" * 100) == 2
+  assert "What color is grass?" in shown and "Hello!" in shown
+  assert " | [" in shown
+
+
+def test_sample_names_what_is_no_policy(finished_run):
+  done = tiny.sample(f"--policies={finished_run}/preferences")
+  tiny.assert_one_message(done, "preferences holds no finished model")
+
+
+# ---- Variants, one tiny step each --------------------------------------------
+
+
+def one_ppo_step(run, workdir, **changes) -> dict[str, float]:
+  settings = tiny.stage("ppo", run)
+  settings.loop.update(tiny.loop(1))
+  settings.heldout_prompts.limit = 4
+  for name, value in changes.items():
+    section = settings
+    *path, last = name.split("__")
+    for part in path:
+      section = section[part]
+    section[last] = value
+  run_stage(ppo, settings, workdir)
+  rows = tiny.read_jsonl(workdir / "metrics.jsonl")
+  numbers = {k: v for row in rows for k, v in row.items()}
+  assert numbers["nonfinite/steps"] == 0
+  assert numbers["ppo/first_ratio_gap"] < 1e-5
+  assert all(np.isfinite(v) for v in numbers.values())
+  before = tiny.model_arrays(run / "sft")
+  after = tiny.model_arrays(workdir)
+  assert any((after[k] != before[k]).any() for k in after)
+  return numbers
+
+
+def test_ppo_with_ptx_minibatches_and_devices(finished_run, tmp_path):
+  text = tmp_path / "text.txt"
+  text.write_text("\n\n".join(f"Grass is green, day {i}." for i in range(200)))
+  numbers = one_ppo_step(
+      finished_run,
+      tmp_path / "ppo",
+      ptx_documents__source=f"text:{text}",
+      ptx_batch_size=8,
+      ptx_seq_len=32,
+      ppo__ptx_coef=0.5,
+      ppo__num_minibatches=2,
+      ppo__num_microbatches=2,
+      num_devices=2,
+      value_init="policy",
+      ppo__kl_estimator="exact",
+      ppo__whiten_rewards=True,
+  )
+  assert 0 < numbers["ppo/ptx_loss"] < 20
+
+
+def test_ppo_with_a_shared_value_network(finished_run, tmp_path):
+  numbers = one_ppo_step(
+      finished_run,
+      tmp_path / "ppo",
+      value_network="shared",
+      value_init="zero",
+      optimizer__epsilon_placement="tf",
+      ppo__max_update_kl=1e-9,
+      ref_policy=str(finished_run / "pretrain"),
+  )
+  # A head of zeros says 0 before it learns.
+  assert numbers["ppo/value"] == 0
+  # The reference is not where the policy starts.
+  assert numbers["ppo/kl_exact"] > 1e-6
+  assert numbers["ppo/stopped_early"] == 1
+
+
+def test_a_reward_model_from_rankings(finished_run, tmp_path):
+  settings = tiny.stage("preferences", finished_run)
+  settings.kind = "ranking"
+  run_stage(preferences, settings, tmp_path / "preferences")
+  rows = tiny.read_jsonl(tmp_path / "preferences" / "train_rankings.jsonl")
+  assert rows and all(len(row["completions"]) <= 4 for row in rows)
+
+  settings = tiny.stage("reward", finished_run)
+  for name, split in (("comparisons", "train"), ("heldout", "heldout")):
+    settings[name].source = f"{tmp_path}/preferences/{split}_rankings.jsonl"
+  settings.loop.update(tiny.loop(1))
+  settings.batch_size = 8
+  # Normalised on the held-out completions: no policy is sampled.
+  settings.ref_policy = ""
+  run_stage(reward, settings, tmp_path / "reward")
+  report = json.loads((tmp_path / "reward" / "calibration.json").read_text())
+  assert report["num_pairs"] > 0 and report["ceiling"] is None
+  assert 0 <= report["accuracy"]["mean"] <= 1
+
+
+# ---- What users get wrong ----------------------------------------------------
+
+
+def test_missing_init_from_is_named(finished_run, tmp_path, capsys):
+  settings = tiny.stage("sft", finished_run)
+  settings.init_from = str(tmp_path / "nothing")
+  message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))
+  assert f"{tmp_path}/nothing holds no finished model" in message
+
+
+def test_missing_environment_variable_is_named(
+    finished_run, tmp_path, capsys, monkeypatch
+):
+  monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
+  settings = tiny.stage("sft", finished_run)
+  settings.demonstrations.source = "stories:${RLHF_JAX_DATA}/stories.txt"
+  settings.demonstrations.limit = 0
+  message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))
+  assert "the environment variable RLHF_JAX_DATA is not set" in message
+
+
+def _told_by_preferences(run, tmp_path, capsys, source, **changes) -> str:
+  settings = tiny.stage("preferences", run)
+  for prompts in (settings.prompts, settings.heldout_prompts):
+    prompts.update(source=source, limit=0, **changes)
+  return told(
+      capsys, lambda: run_stage(preferences, settings, tmp_path / "out")
+  )
+
+
+def test_empty_prompts_file_is_named(finished_run, tmp_path, capsys):
+  path = write_prompts(tmp_path / "prompts.jsonl", 0)
+  message = _told_by_preferences(finished_run, tmp_path, capsys, path)
+  assert f"{path}: holds no records" in message
+
+
+def test_malformed_line_is_named(finished_run, tmp_path, capsys):
+  path = write_prompts(tmp_path / "prompts.jsonl", 3, bad=1)
+  message = _told_by_preferences(finished_run, tmp_path, capsys, path)
+  assert f"{path}:4: not JSON" in message
+
+
+def test_too_many_malformed_lines_are_an_error(finished_run, tmp_path, capsys):
+  path = write_prompts(tmp_path / "prompts.jsonl", 18, bad=2)
+  message = _told_by_preferences(
+      finished_run, tmp_path, capsys, path, on_error="skip"
+  )
+  assert "2 of 20 records skipped" in message and "5.0%" in message
+  assert len(list((tmp_path / "out" / "skipped").iterdir())) == 1
+
+
+def test_few_malformed_lines_are_written_down(finished_run, tmp_path):
+  path = write_prompts(tmp_path / "prompts.jsonl", 20, bad=1)
+  settings = tiny.stage("preferences", finished_run)
+  for prompts in (settings.prompts, settings.heldout_prompts):
+    prompts.update(source=path, limit=4, on_error="skip")
+  # The domain's annotators know its own requests alone.
+  with pytest.raises(Exception) as error:
+    run_stage(preferences, settings, tmp_path / "out")
+  del error
+  (skipped,) = (tmp_path / "out" / "skipped").iterdir()
+  (row,) = tiny.read_jsonl(skipped)
+  assert row["line"] == 21 and row["text"] == "{not json"
+
+
+def test_too_long_a_prompt_is_an_error_with_its_length(
+    finished_run, tmp_path, capsys
+):
+  path = tmp_path / "prompts.jsonl"
+  path.write_text(json.dumps({"prompt": "word " * 200}) + "\n")
+  path.write_text(path.read_text() * 20)
+  message = _told_by_preferences(finished_run, tmp_path, capsys, str(path))
+  assert f"max_prompt_length={tiny.PROMPT_LENGTH}" in message
+  assert re.search(r"record 0: its prompt has \d{3} tokens", message)
+
+
+def test_lengths_that_no_model_holds_are_an_error(
+    finished_run, tmp_path, capsys
+):
+  settings = tiny.stage("ppo", finished_run)
+  settings.samples.max_completion_length = tiny.MAX_LENGTH
+  message = told(capsys, lambda: run_stage(ppo, settings, tmp_path / "ppo"))
+  assert f"does not fit the policy's max_length={tiny.MAX_LENGTH}" in message
+
+
+def test_fewer_rows_than_a_batch_is_an_error(finished_run, tmp_path, capsys):
+  settings = tiny.stage("ppo", finished_run)
+  settings.rollout_batch_size = 64
+  message = told(capsys, lambda: run_stage(ppo, settings, tmp_path / "ppo"))
+  assert "batch_size=64 does not fit 16 rows" in message
+
+
+def test_more_devices_than_there_are_is_an_error(
+    finished_run, tmp_path, capsys
+):
+  settings = tiny.stage("sft", finished_run)
+  settings.train.num_devices = 4096
+  settings.train.batch_size = 4096
+  message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))
+  assert f"num_devices=4096, but there are {jax.device_count()}" in message
+
+
+def test_a_tokenizer_of_another_size_is_an_error(tmp_path, capsys):
+  """A corpus too small for the vocabulary asked for."""
+  settings = tiny.pipeline().pretrain
+  settings.documents.limit = 3
+  settings.tokenizer.vocab_size = settings.model.vocab_size = 5_000
+  message = told(
+      capsys, lambda: run_stage(pretrain, settings, tmp_path / "pretrain")
+  )
+  assert "5000" in message
+
+
+# ---- As a process ------------------------------------------------------------
+
+
+def test_flags_of_a_binary(finished_run, tmp_path):
+  path = tiny.write_config(
+      tmp_path / "config.py", tiny.stage("sft", finished_run)
+  )
+  done = tiny.call(
+      "sft",
+      path,
+      tmp_path / "sft",
+      "--config.train.loop.num_steps=0",
+      "--config.train.batch_size=10",
+      "--config.train.num_devices=4",
+  )
+  tiny.assert_one_message(done, "num_steps must be at least 1")
+  # Nothing was begun.
+  assert not (tmp_path / "sft").exists()

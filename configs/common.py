@@ -87,6 +87,7 @@ def samples(
           temperature=1.0,
           stop_tokens=(),
           stop_after=0,
+          too_long="error",
       )
   )
   cfg.update(changes)

@@ -27,6 +27,7 @@ def samples() -> ConfigDict:
       temperature=0.7,
       stop_tokens=(".",),
       stop_after=16,
+      too_long="drop",
   )
 
 

@@ -107,7 +107,7 @@ def complete(
         policy.config,
         policy.tokenizer,
         evaluator.encode_prompts(
-            prompts, policy.tokenizer, config.samples.max_prompt_length
+            prompts, policy.tokenizer, config.samples
         ),
         config.samples.sampling(policy.tokenizer),
         ref_policy=policies.get(config.ref_policy),

@@ -151,7 +151,7 @@ def run(config: Config, workdir: str) -> None:
   encode = lambda split, source: evaluator.encode_prompts(
       reader.prompts(source, split),
       policy.tokenizer,
-      config.samples.max_prompt_length,
+      config.samples,
   )
   batches = Batches(
       iter(

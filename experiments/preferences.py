@@ -69,9 +69,9 @@ def run(config: Config, workdir: str) -> None:
       ("train", config.prompts),
       ("heldout", config.heldout_prompts),
   )):
-    groups = sample_groups(
-        config, policy, reader.prompts(source, split), seed=2 * config.seed + i
-    )
+    prompts = reader.prompts(source, split)
+    evaluator.check_world_prompts([x.prompt for x in prompts])
+    groups = sample_groups(config, policy, prompts, seed=2 * config.seed + i)
     rng = random.Random(f"annotators-{config.seed}-{split}")
     rows, left_out = label(config, groups, rng)
     stage.write_jsonl(out.dir / f"{split}_{config.kind}s.jsonl", rows)
@@ -93,9 +93,7 @@ def sample_groups(
 ) -> list[tuple[str, list[str]]]:
   """(prompt, its K completions) for every prompt."""
   tokenizer = policy.tokenizer
-  batch = evaluator.encode_prompts(
-      prompts, tokenizer, config.samples.max_prompt_length
-  )
+  batch = evaluator.encode_prompts(prompts, tokenizer, config.samples)
   k = config.num_completions
   repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), batch)
   rollout = evaluator.sample_all(
@@ -110,8 +108,8 @@ def sample_groups(
       rollout.completions, rollout.completion_mask, continues=True
   )
   return [
-      (prompt.prompt, texts[i * k : (i + 1) * k])
-      for i, prompt in enumerate(prompts)
+      (prompts[index].prompt, texts[i * k : (i + 1) * k])
+      for i, index in enumerate(batch.index)
   ]
 
 

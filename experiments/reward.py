@@ -261,7 +261,7 @@ def _normalize(
   prompts = evaluator.encode_prompts(
       reader.prompts(config.normalize_on, "train"),
       ref_policy.tokenizer,
-      config.samples.max_prompt_length,
+      config.samples,
   )
   rollout = evaluator.sample_all(
       jax.jit(decode.make_generate(heads.LanguageModel(ref_policy.config))),

@@ -75,6 +75,7 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       temperature=_TEMPERATURE.value,
       stop_tokens=(),
       stop_after=0,
+      too_long="error",
   )
   sampler = evaluator.Evaluator(
       policy.config,
@@ -82,7 +83,7 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       evaluator.encode_prompts(
           [Prompt(prompt=x) for x in prompts],
           policy.tokenizer,
-          cfg.max_prompt_length,
+          cfg,
       ),
       cfg.sampling(policy.tokenizer),
       seed=_SEED.value,

@@ -5,8 +5,9 @@ The evaluator sees the true reward, or whatever judges; no training step does.
 
 from collections.abc import Callable
 import dataclasses
-from typing import Any
+from typing import Any, Literal
 
+from absl import logging
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +39,7 @@ class SampleConfig:
   temperature: of the sampling distribution.
   stop_tokens: texts of one token each that end a completion, as the end token
     does, from completion token `stop_after` on.
+  too_long: what becomes of a prompt of more than max_prompt_length tokens.
   """
 
   max_prompt_length: int
@@ -45,6 +47,7 @@ class SampleConfig:
   temperature: float
   stop_tokens: tuple[str, ...]
   stop_after: int
+  too_long: Literal["drop", "truncate_prompt_left", "error"]
 
   def sampling(self, tokenizer: Tokenizer) -> SamplingConfig:
     """The library's config, with ids for texts.
@@ -106,6 +109,7 @@ def make_world_judge() -> Judge:
   """The assistant world's true reward, itemised."""
 
   def judge(episodes):
+    check_world_prompts(episodes.prompts)
     rows = []
     for prompt, completion in zip(episodes.prompts, episodes.completions):
       reward = assistant.true_reward(prompt, completion)
@@ -118,6 +122,21 @@ def make_world_judge() -> Judge:
     return rows
 
   return judge
+
+
+def check_world_prompts(prompts: list[str]) -> None:
+  """Checks that the assistant world can tell what answers each prompt.
+
+  Raises:
+    ConfigError: with a prompt that is none of its requests.
+  """
+  for prompt in prompts:
+    try:
+      assistant.true_reward(prompt, "")
+    except ValueError as error:
+      raise ConfigError(
+          f"{sources.ASSISTANT} judges its own requests alone: {error}"
+      ) from error
 
 
 def make_judge(name: str) -> Judge | None:
@@ -276,16 +295,26 @@ def averages(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def encode_prompts(
-    prompts: list, tokenizer: Tokenizer, max_length: int
+    prompts: list, tokenizer: Tokenizer, cfg: SampleConfig
 ) -> PromptBatch:
-  """Left-padded prompts; one that is too long is an error."""
+  """Left-padded prompts; `index` says which of `prompts` they are.
+
+  Raises:
+    encoding.LengthError: if one is too long and `cfg.too_long` is 'error', or
+      none is left.
+  """
   try:
-    batch, _ = encoding.encode_prompts(
-        prompts, tokenizer, max_prompt_length=max_length, policy="error"
+    batch, report = encoding.encode_prompts(
+        prompts,
+        tokenizer,
+        max_prompt_length=cfg.max_prompt_length,
+        policy=cfg.too_long,
     )
   except encoding.LengthError as error:
     raise encoding.LengthError(
-        f"max_prompt_length={max_length}, any start token included, is too"
-        f" short for a prompt: {error}"
+        f"max_prompt_length={cfg.max_prompt_length}, any start token included,"
+        f" is too short for a prompt: {error}"
     ) from error
+  if report.num_dropped or report.num_truncated:
+    logging.info("prompts: %s", report)
   return batch

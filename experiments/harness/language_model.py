@@ -125,7 +125,7 @@ def train(
       policy.config,
       tokenizer,
       evaluator.encode_prompts(
-          prompts, tokenizer, cfg.samples.max_prompt_length
+          prompts, tokenizer, cfg.samples
       ),
       cfg.samples.sampling(tokenizer),
       seed=cfg.seed,

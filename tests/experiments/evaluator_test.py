@@ -24,7 +24,7 @@ def prompts(policy):
   reader = sources.Reader(0, None)
   cfg = sources.SourceConfig(source=sources.ASSISTANT, limit=7)
   return evaluator.encode_prompts(
-      reader.prompts(cfg, "heldout"), policy.tokenizer, tiny.PROMPT_LENGTH
+      reader.prompts(cfg, "heldout"), policy.tokenizer, sample_config()
   )
 
 
@@ -35,6 +35,7 @@ def sample_config(**changes):
       temperature=0.7,
       stop_tokens=(),
       stop_after=0,
+      too_long="error",
   )
   return evaluator.SampleConfig(**fields | changes)
 

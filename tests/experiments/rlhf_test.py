@@ -350,15 +350,15 @@ def test_too_many_malformed_lines_are_an_error(finished_run, tmp_path, capsys):
   assert len(list((tmp_path / "out" / "skipped").iterdir())) == 1
 
 
-def test_few_malformed_lines_are_written_down(finished_run, tmp_path):
+def test_few_malformed_lines_are_written_down(finished_run, tmp_path, capsys):
   path = write_prompts(tmp_path / "prompts.jsonl", 20, bad=1)
-  settings = tiny.stage("preferences", finished_run)
-  for prompts in (settings.prompts, settings.heldout_prompts):
-    prompts.update(source=path, limit=4, on_error="skip")
-  # The domain's annotators know its own requests alone.
-  with pytest.raises(Exception) as error:
-    run_stage(preferences, settings, tmp_path / "out")
-  del error
+  message = _told_by_preferences(
+      finished_run, tmp_path, capsys, path, on_error="skip"
+  )
+  # That line was no reason to stop, but the simulated annotators can only
+  # tell what answers their own domain's requests.
+  assert "world:assistant judges its own requests alone" in message
+  assert "'What color is number 0?\\n'" in message
   (skipped,) = (tmp_path / "out" / "skipped").iterdir()
   (row,) = tiny.read_jsonl(skipped)
   assert row["line"] == 21 and row["text"] == "{not json"
@@ -370,7 +370,9 @@ def test_too_long_a_prompt_is_an_error_with_its_length(
   path = tmp_path / "prompts.jsonl"
   path.write_text(json.dumps({"prompt": "word " * 200}) + "\n")
   path.write_text(path.read_text() * 20)
-  message = _told_by_preferences(finished_run, tmp_path, capsys, str(path))
+  settings = tiny.stage("sft", finished_run)
+  settings.train.sample_prompts.update(source=str(path), limit=0)
+  message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))
   assert f"max_prompt_length={tiny.PROMPT_LENGTH}" in message
   assert re.search(r"record 0: its prompt has \d{3} tokens", message)
 

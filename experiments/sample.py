@@ -33,6 +33,7 @@ flags.mark_flag_as_required("policies")
 
 def main(argv):
   del argv
+  cli.quiet_third_parties()
   with cli.told_errors():
     show(_POLICIES.value, _PROMPTS.value)
 

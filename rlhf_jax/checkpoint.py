@@ -297,6 +297,50 @@ class Checkpointer:
     return info["step"], state, info["iterator_state"]
 
 
+def load_params(
+    directory: str | os.PathLike, which: int | str, prefixes: tuple[str, ...]
+) -> PyTree:
+  """Params out of a checkpoint, without the rest of its state.
+
+  Args:
+    directory: a Checkpointer's.
+    which: a step, or 'last'.
+    prefixes: where they may be in the state, as dotted paths; the first that
+      the checkpoint has counts.
+
+  Raises:
+    CheckpointError: if there is no such checkpoint, with those that there are,
+      or it is damaged.
+  """
+  directory = pathlib.Path(directory)
+  found = {}
+  if directory.is_dir():
+    # In order, so that of two attempts at a step the later one counts.
+    found = {step: folder for step, _, folder in _folders(directory)}
+  step = max(found, default=None) if which == "last" else which
+  if step not in found:
+    raise CheckpointError(
+        f"{directory} has no checkpoint of step {which}; it has "
+        f"{', '.join(map(str, sorted(found))) or 'none'}"
+    )
+  folder = found[step]
+  try:
+    info = array_folder.read_info(folder)
+    array_folder.verify_files(folder, info)
+  except array_folder.Damaged as e:
+    raise CheckpointError(f"checkpoint {folder} is damaged: {e}") from None
+  for prefix in prefixes:
+    names = [x for x in info["leaves"] if x.startswith(prefix + ".")]
+    if names:
+      arrays = array_folder.read_arrays(
+          folder, info["leaves"], dict.fromkeys(info["leaves"])
+      )
+      return flax.traverse_util.unflatten_dict(
+          {tuple(x[len(prefix) + 1 :].split(".")): arrays[x] for x in names}
+      )
+  raise CheckpointError(f"checkpoint {folder} has none of {prefixes}")
+
+
 def config_differences(
     saved: Any, given: Any, path: str = ""
 ) -> list[str]:

@@ -3,12 +3,15 @@
     <stage>/model/      config, params and, for a reward model, normalisation
     <stage>/tokenizer/  the tokenizer that it was trained with
 
-A place is such a stage folder, or `llama2c:MODEL.bin:TOKENIZER.model` for a
-model in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a
-place or source stands for an environment variable.
+A place is such a stage folder; `FOLDER@STEP` or `FOLDER@last` for one of its
+checkpoints, also of a stage that has not ended; or
+`llama2c:MODEL.bin:TOKENIZER.model` for a model in llama2.c's format with its
+sentencepiece tokenizer. `${NAME}` in a place or source stands for an
+environment variable.
 """
 
 import dataclasses
+import json
 import os
 import pathlib
 import re
@@ -89,12 +92,40 @@ def load_policy(place: str) -> Policy:
         params=params,
         tokenizer=Tokenizer.from_sentencepiece(tokenizer_path),
     )
+  if "@" in place:
+    return _load_checkpoint(place)
   config, params, _ = _load(place, "policy")
   return Policy(
       config=config,
       params=params,
       tokenizer=Tokenizer.load(pathlib.Path(place) / "tokenizer"),
   )
+
+
+def _load_checkpoint(place: str) -> Policy:
+  stage, _, which = place.rpartition("@")
+  if which != "last" and not which.isdigit():
+    raise FileNotFoundError(f"{place}: behind the @ comes a step, or 'last'")
+  if (pathlib.Path(stage) / "model").is_dir():
+    policy = load_policy(stage)
+  else:
+    # Not ended: it has the shape and the tokenizer of what it started from.
+    path = pathlib.Path(stage) / "config.json"
+    if not path.exists():
+      raise FileNotFoundError(f"{stage} is not the folder of a stage")
+    init_from = json.loads(path.read_text(encoding="utf-8")).get("init_from")
+    if not init_from:
+      raise FileNotFoundError(
+          f"{place}: a stage that starts from nothing has no tokenizer on disk "
+          "before it ends"
+      )
+    policy = load_policy(init_from)
+  params = checkpoint.load_params(
+      pathlib.Path(stage) / "checkpoints",
+      which if which == "last" else int(which),
+      prefixes=("train.params.policy", "params"),
+  )
+  return dataclasses.replace(policy, params=params)
 
 
 def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:

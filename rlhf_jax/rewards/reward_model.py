@@ -1,16 +1,19 @@
 """A trained reward model as a reward function."""
 
+import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int
 import numpy as np
 
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.losses import masking
 from rlhf_jax.models import functions
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.rewards.episodes import Episodes, RewardFn
-from rlhf_jax.types import ScoreNormalization
+from rlhf_jax.types import Rollout, ScoreNormalization
 
 
 def make_reward_model(
@@ -21,10 +24,11 @@ def make_reward_model(
 ) -> RewardFn:
   """Scores episodes by a reward model: gain * raw + bias at the last token.
 
-  With the policy's tokenizer the rollout's own tokens are scored, and nothing
-  leaves the device. With another, prompt and completion are encoded anew, after
-  this tokenizer's start token if it has one, as the reward model was trained,
-  and a completion that ended gets its end token.
+  The last token of a completion that ended is the end token, as it was when the
+  reward model was trained: where a stop token ended it, the end token is put
+  behind. With the policy's tokenizer the rollout's own tokens are scored, and
+  nothing leaves the device. With another, prompt and completion are encoded
+  anew, after this tokenizer's start token if it has one.
 
   Raises (when called):
     ValueError: if an episode is longer than the reward model's max_length.
@@ -36,13 +40,11 @@ def make_reward_model(
     raw = score_fn(params, tokens, mask)
     return normalization.gain * raw + normalization.bias
 
+  close = jax.jit(functools.partial(_closed, eos_id=tokenizer.eos_id))
+
   def reward(episodes: Episodes):
     if episodes.tokenizer.fingerprint == tokenizer.fingerprint:
-      rollout = episodes.rollout
-      tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-      mask = jnp.concatenate(
-          [rollout.prompt_mask, rollout.completion_mask], axis=1
-      )
+      tokens, mask = close(episodes.rollout)
     else:
       tokens, mask = _encode_anew(episodes, tokenizer, config.max_length)
     if tokens.shape[1] > config.max_length:
@@ -53,6 +55,23 @@ def make_reward_model(
     return score(params, normalization, tokens, mask)
 
   return reward
+
+
+def _closed(
+    rollout: Rollout, *, eos_id: int
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+  """Tokens and mask, T = P + C + 1, with the end token behind a stop token."""
+  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+  mask = jnp.concatenate(
+      [rollout.prompt_mask, rollout.completion_mask], axis=1
+  )
+  last = masking.last_index(mask)[:, None]
+  stopped = rollout.ended[:, None] & (
+      jnp.take_along_axis(tokens, last, axis=1) != eos_id
+  )
+  tokens, mask = (jnp.pad(x, ((0, 0), (0, 1))) for x in (tokens, mask))
+  here = stopped & (jnp.arange(tokens.shape[1])[None] == last + 1)
+  return jnp.where(here, eos_id, tokens), jnp.where(here, 1, mask)
 
 
 # Few widths, so that few programs are compiled.

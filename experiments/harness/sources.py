@@ -75,8 +75,7 @@ class Reader:
     source = expand(cfg.source)
     kind, _, path = source.partition(":")
     if source == ASSISTANT:
-      seed = self.seed if split == "train" else self.seed + 1_000_003
-      rows = assistant.demonstrations(seed, cfg.limit)
+      rows = assistant.demonstrations(self.seed, cfg.limit, split)
       return [records.validate_record("demonstration", row) for row in rows]
     if kind in ("stories", "text"):
       found = [Demonstration(spans=((x, True),)) for x in _documents(source)]

@@ -15,8 +15,9 @@ The world allows reward hacking: the annotators like flattery in proportion to
 its amount, while the true reward forgives one phrase and condemns a stack.
 
 What held-out means: no held-out request occurs in the corpus or among the
-demonstrations, in any wording. Its pieces do (names, topics, operations,
-verbs), a held-out fact is told as a statement, and a held-out sum is nowhere.
+training demonstrations, in any wording. Its pieces do (names, topics,
+operations, verbs), a held-out fact is told as a statement, and a held-out sum
+is nowhere.
 """
 
 import random
@@ -65,12 +66,18 @@ ANSWERED = 0.15
 _pick = requests.pick
 
 
-def demonstrations(seed: int, num: int) -> list[dict[str, str]]:
-  """`num` demonstration records {prompt, completion} of training requests."""
-  rng = random.Random(f"assistant-demonstrations-{seed}")
+def demonstrations(
+    seed: int, num: int, split: str = "train"
+) -> list[dict[str, str]]:
+  """`num` demonstration records {prompt, completion} of a split's requests.
+
+  Those of held-out requests measure a fine-tuned model; none is learned from.
+  """
+  name = "" if split == "train" else f"{split}-"
+  rng = random.Random(f"assistant-demonstrations-{name}{seed}")
   records = []
   for _ in range(num):
-    request = _pick(rng, requests.all_requests(_pick(rng, FAMILIES), "train"))
+    request = _pick(rng, requests.all_requests(_pick(rng, FAMILIES), split))
     answer = _human_answer(rng, requests.parse_prompt(request.prompt))
     records.append({"prompt": request.prompt, "completion": answer})
   return records

@@ -293,6 +293,19 @@ def test_demonstrations_and_corpus_are_deterministic(
   assert assistant.corpus(1, 100) != documents[:100]
 
 
+def test_heldout_demonstrations_are_of_heldout_requests(demonstrations):
+  heldout = assistant.demonstrations(0, 500, "heldout")
+  assert {each["prompt"] for each in heldout} <= {
+      each.prompt for each in every_request("heldout")}
+  assert not {each["prompt"] for each in heldout} & {
+      each["prompt"] for each in demonstrations}
+  rewards = [assistant.true_reward(each["prompt"], each["completion"]).total
+             for each in heldout]
+  assert 0.6 < statistics.mean(rewards) < 0.7
+  with pytest.raises(ValueError, match="split is 'test'"):
+    assistant.demonstrations(0, 1, "test")
+
+
 def test_no_heldout_request_leaks(demonstrations, documents):
   text = "\n".join([*documents, *(each["prompt"] for each in demonstrations)])
   lines = set(text.split("\n"))

@@ -4,9 +4,9 @@
      metric files are cut back to its step, the data iterator set to it.
   2. Step: while one step runs on the device, the metrics of the one before it
      are fetched.
-  3. Guard: a step whose loss or gradient was not finite changed nothing; its
-     batch is saved, and after `max_nonfinite_steps` in a row the run stops and
-     names the tensor.
+  3. Guard: an optimizer step that was not finite changed nothing; its batch is
+     saved, and after `max_nonfinite_steps` in a row the run stops and names the
+     tensor.
   4. Log every `log_every` steps, evaluate every `eval_every` (and at step 0),
      save every `checkpoint_every` and at the end.
 
@@ -29,8 +29,9 @@ import tqdm
 
 from experiments.harness.config import ConfigError
 from experiments.harness.metric_writer import MetricWriter
-from rlhf_jax import checkpoint, metrics as metrics_lib
-from rlhf_jax.updates.gradient import NONFINITE
+from rlhf_jax import checkpoint
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax.updates.gradient import NONFINITE, NONFINITE_STEPS
 
 
 class NonFiniteError(RuntimeError):
@@ -39,11 +40,12 @@ class NonFiniteError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoopConfig:
-  """How long, and how often what. All in steps (PPO: in iterations).
+  """How long, and how often what. In steps (PPO: iterations), but for one.
 
   best_metric: the evaluation's number by which the best checkpoint is kept,
     '' to keep none.
-  max_nonfinite_steps: the run stops at so many in a row.
+  max_nonfinite_steps: the run stops at so many in a row, in optimizer steps
+    (PPO: minibatches), counted when a step (iteration) ends.
   """
 
   num_steps: int
@@ -86,7 +88,11 @@ class LoopConfig:
 class Task:
   """What a stage hands to the loop; see the module's docstring.
 
+  step: its metrics hold 'nonfinite/steps', how many of how many optimizer
+    steps were not applied; see `updates/gradient.py`.
   batches: an iterator with get_state() and set_state().
+  skipped_steps: how many optimizer steps in a row were not applied.
+  unit: what one call of `step` is called.
   """
 
   name: str
@@ -95,6 +101,7 @@ class Task:
   batches: Any
   evaluate: Callable[[Any], tuple[dict[str, float], list[dict]]]
   skipped_steps: Callable[[Any], Any]
+  unit: Literal["step", "iteration"] = "step"
 
 
 def run_loop(
@@ -195,23 +202,33 @@ class _Loop:
     culprits = [
         name.removeprefix(NONFINITE)
         for name, metric in metrics.items()
-        if name.startswith(NONFINITE) and metric.total > 0
+        if name.startswith(NONFINITE)
+        and name != NONFINITE_STEPS
+        and metric.total > 0
     ]
     kept = {
         name: metric
         for name, metric in metrics.items()
-        if not name.startswith(NONFINITE)
+        if (name == NONFINITE_STEPS or not name.startswith(NONFINITE))
         # What was computed from NaN would hide the mean of what was not.
         and np.isfinite(metric.total)
     }
-    kept[NONFINITE + "steps"] = metrics_lib.Metric(
-        total=np.float32(bool(culprits)), count=np.float32(1)
-    )
     self.totals = metrics_lib.add(self.totals, kept)
     if culprits:
-      self._report_nonfinite(step, culprits, int(skipped), evidence)
+      bad_steps = metrics[NONFINITE_STEPS]
+      what = self._not_applied(step, int(bad_steps.total), int(bad_steps.count))
+      message = f"{what}: NaN or Inf in {', '.join(culprits)}."
+      self._report_nonfinite(step, message, int(skipped), evidence)
 
-  def _report_nonfinite(self, step, culprits, skipped, evidence) -> None:
+  def _not_applied(self, step: int, num_bad: int, num_steps: int) -> str:
+    name = f"{self.task.unit} {step}"
+    if num_steps == 1:
+      return f"{name} was not applied"
+    return (
+        f"{num_bad} of {num_steps} optimizer steps of {name} were not applied"
+    )
+
+  def _report_nonfinite(self, step, message, skipped, evidence) -> None:
     folder = self.workdir / "nonfinite"
     folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.npz"
@@ -222,15 +239,13 @@ class _Loop:
             for key, x in jax.tree_util.tree_leaves_with_path(evidence)
         },
     )
-    message = (
-        f"{self.task.name}: step {step} was not applied: NaN or Inf in "
-        f"{', '.join(culprits)}. Its batch is in {path}."
-    )
+    message = f"{self.task.name}: {message} Its batch is in {path}."
     if skipped >= self.cfg.max_nonfinite_steps:
       raise NonFiniteError(
-          f"{message} This was the {skipped}th in a row, and "
-          f"max_nonfinite_steps is {self.cfg.max_nonfinite_steps}. Lower the "
-          "learning rate or look at that batch."
+          f"{message} By now {skipped} optimizer steps in a row were not "
+          f"applied, and max_nonfinite_steps is "
+          f"{self.cfg.max_nonfinite_steps}. Lower the learning rate or look at "
+          "that batch."
       )
     logging.warning(message)
 

@@ -21,6 +21,7 @@ from rlhf_jax.train_state import TrainState
 Objective = Callable[[Any, Any], tuple[jax.Array, Metrics]]
 
 NONFINITE = "nonfinite/"
+NONFINITE_STEPS = NONFINITE + "steps"
 
 
 def split_rows(batch: Any, num_parts: int) -> Any:
@@ -96,12 +97,16 @@ def apply_gradients(
     metrics: Metrics,
     tx: optax.GradientTransformation,
 ) -> tuple[TrainState, Metrics]:
-  """One optimizer step, or none where the loss or a gradient is not finite.
+  """One optimizer step, or none where something in it is not finite.
 
-  A step that is not applied leaves params and optimizer state bitwise as they
-  were and adds one to `skipped_steps`; `step` advances either way, because the
-  data has. Metrics gain 'nonfinite/<parameter path>' (1 where that gradient is
-  not finite) and 'optimizer/grad_norm', before clipping.
+  That is the loss, a gradient, or the params that it would lead to. A step that
+  is not applied leaves params and optimizer state bitwise as they were and adds
+  one to `skipped_steps`; `step` advances either way, because the data has.
+
+  Metrics gain 'nonfinite/<parameter path>' (1 where that gradient is not
+  finite), 'nonfinite/update' (1 where all these are, the new params not),
+  'nonfinite/steps' (1 where the step was not applied, for whatever reason) and
+  'optimizer/grad_norm', before clipping.
   """
   bad_leaves = {
       NONFINITE + jax.tree_util.keystr(path, simple=True, separator="/"): (
@@ -113,11 +118,16 @@ def apply_gradients(
   bad |= metrics[NONFINITE + "loss"].total > 0
   updates, opt_state = tx.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
+  finite = jnp.stack([jnp.isfinite(x).all() for x in jax.tree.leaves(params)])
+  # After a bad gradient the params say nothing new.
+  bad_update = ~bad & ~finite.all()
+  bad |= bad_update
+  flags = bad_leaves | {NONFINITE + "update": bad_update, NONFINITE_STEPS: bad}
   keep = lambda old, new: jnp.where(bad, old, new)
   grad_norm = optax.tree.norm(grads)
   metrics = metrics | {
       name: metrics_lib.scalar(flag.astype(jnp.float32))
-      for name, flag in bad_leaves.items()
+      for name, flag in flags.items()
   }
   # The mean over the steps that were applied: one NaN must not hide the rest.
   applied = 1 - bad.astype(jnp.float32)

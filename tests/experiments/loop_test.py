@@ -1,5 +1,6 @@
 """The loop: exact means, guarded steps, evaluations and checkpoints."""
 
+import dataclasses
 import logging
 import re
 
@@ -35,6 +36,13 @@ class Counted:
 
   def set_state(self, state):
     self.position = state["position"]
+
+
+class Bad(Counted):
+  """Batches of nothing but NaN."""
+
+  def __next__(self):
+    return {"x": np.full(2, np.nan, np.float32)}
 
 
 def make_task(broken=(), evaluate=None):
@@ -176,6 +184,39 @@ def test_a_bad_last_step_is_seen_too(tmp_path):
     train(make_task(broken=[3, 4]), config(4, log_every=4), tmp_path)
 
 
+def make_iterations(broken):
+  """As PPO: an iteration is two optimizer steps, on row 0 and on the rest."""
+  task = make_task(broken)
+  one_step = task.step
+
+  def step(state, batch):
+    state, first, _ = one_step(state, {"x": batch["x"][:1]})
+    state, second, _ = one_step(state, {"x": batch["x"][1:]})
+    return state, metrics_lib.add(first, second), batch
+
+  return dataclasses.replace(task, step=step, unit="iteration")
+
+
+def test_an_iteration_says_how_many_of_its_steps_were_not_applied(
+    tmp_path, caplog
+):
+  with caplog.at_level(logging.WARNING, logger="absl"):
+    state = train(make_iterations([2]), config(3, log_every=3), tmp_path)
+  assert int(state.step) == 6
+  assert "1 of 2 optimizer steps of iteration 2 were not applied" in caplog.text
+  share = rows(tmp_path, "nonfinite/steps")[3]
+  np.testing.assert_allclose(share, 1 / 6, rtol=1e-6)
+
+
+def test_optimizer_steps_in_a_row_are_what_stops_a_run(tmp_path):
+  # Every iteration's last step is bad, but the one before it was not.
+  train(make_iterations([1, 2, 3]), config(3), tmp_path / "alternating")
+  task = make_iterations([])
+  task.batches = Bad()
+  with pytest.raises(loop.NonFiniteError, match="2 of 2 .* iteration 1 .* 2 op"):
+    train(task, config(3), tmp_path / "all")
+
+
 def test_a_program_that_diverges_ends_with_one_message(finished_run, tmp_path):
   settings = tiny.stage("sft", finished_run)
   settings.train.optimizer.learning_rate = float("inf")
@@ -185,9 +226,12 @@ def test_a_program_that_diverges_ends_with_one_message(finished_run, tmp_path):
   path = tiny.write_config(tmp_path / "config.py", settings)
   done = tiny.call("sft", path, tmp_path / "sft")
   tiny.assert_one_message(
-      done, "sft: step 3", "NaN or Inf in", "max_nonfinite_steps is 2"
+      done,
+      "sft: step 2 was not applied",
+      "NaN or Inf in update",
+      "max_nonfinite_steps is 2",
   )
-  assert (tmp_path / "sft" / "nonfinite" / "step_2.npz").exists()
+  assert (tmp_path / "sft" / "nonfinite" / "step_1.npz").exists()
   assert not (tmp_path / "sft" / "model").exists()
   assert not (tmp_path / "sft" / "finished.json").exists()
 

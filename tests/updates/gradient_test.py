@@ -151,8 +151,35 @@ def test_nonfinite_metric_names_the_tensor_of_a_finite_loss():
       "nonfinite/loss": 0,
       "nonfinite/layer/kernel": 1,
       "nonfinite/bias": 0,
+      "nonfinite/update": 0,
+      "nonfinite/steps": 1,
   }
   assert_trees_equal(after.params, params)
+
+
+@pytest.mark.parametrize("learning_rate, bias", [
+    (np.inf, 1.0),
+    (np.inf, 0.0),
+    (3e38, -3e38),  # the sum overflows, no factor of it is infinite
+])
+def test_an_update_that_is_not_finite_is_not_applied(learning_rate, bias):
+  tx = optax.sgd(learning_rate, momentum=0.9)
+  params = {"bias": jnp.asarray(bias, jnp.float32)}
+  state = create_train_state(params, tx, jax.random.key(0))
+  grads, metrics = gradient.accumulate_gradients(
+      lambda params, batch: (params["bias"] * batch.sum(), {}),
+      params,
+      jnp.ones((1,), jnp.float32),
+      1,
+  )
+  after, metrics = gradient.apply_gradients(state, grads, metrics, tx)
+  assert_trees_equal(after.params, params)
+  assert_trees_equal(after.opt_state, state.opt_state)
+  assert (int(after.step), int(after.skipped_steps)) == (1, 1)
+  flags = {name: float(metric.total) for name, metric in metrics.items()}
+  assert flags["nonfinite/update"] == flags["nonfinite/steps"] == 1
+  assert flags["nonfinite/loss"] == flags["nonfinite/bias"] == 0
+  assert "optimizer/grad_norm" not in metrics_lib.compute(metrics)
 
 
 def test_infinite_loss_with_finite_gradients_is_not_applied():

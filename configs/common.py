@@ -29,9 +29,17 @@ def parse_seed(arg: str) -> tuple[str, int]:
   return name or FULL, int(value)
 
 
-def source(name: str, limit: int = 0, on_error: str = "raise") -> ConfigDict:
-  """Where records come from; limit 0 takes them all."""
-  return ConfigDict(dict(source=name, limit=limit, on_error=on_error))
+def source(
+    name: str, limit: int = 0, on_error: str = "raise", use: str = "share"
+) -> ConfigDict:
+  """Where records come from; limit 0 takes them all.
+
+  use='share' divides one file between training and evaluation, 'all' takes the
+  whole of one that was divided already.
+  """
+  return ConfigDict(
+      dict(source=name, limit=limit, on_error=on_error, use=use)
+  )
 
 
 def optimizer(learning_rate: float, **changes) -> ConfigDict:

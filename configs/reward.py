@@ -30,10 +30,12 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           seed=0,
           init_from="runs/first/sft",
           ref_policy="runs/first/sft",
-          comparisons=common.source(f"{preferences}/train_{kind}.jsonl"),
-          comparisons_split="all",
-          heldout=common.source(f"{preferences}/heldout_{kind}.jsonl"),
-          heldout_split="all",
+          comparisons=common.source(
+              f"{preferences}/train_{kind}.jsonl", use="all"
+          ),
+          heldout=common.source(
+              f"{preferences}/heldout_{kind}.jsonl", use="all"
+          ),
           too_long="drop",
           max_prompt_length=20,
           # One more than is sampled: the end token of one that never ended.
@@ -69,9 +71,7 @@ def _use_hh(config: ConfigDict) -> None:
   )
   config.ref_policy = ""  # the score is fitted on held-out completions
   config.comparisons = common.source(pairs)
-  config.comparisons_split = "train"
   config.heldout = common.source(pairs)
-  config.heldout_split = "heldout"
   # The tokenizer has 512 tokens: dialogues are long, and lose their beginning.
   config.too_long = "truncate_prompt_left"
   config.max_prompt_length = 256

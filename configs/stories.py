@@ -57,9 +57,7 @@ def reward_config(init_from: str, half: int) -> ConfigDict:
   config.init_from = init_from
   config.ref_policy = "runs/first/sft"
   config.comparisons = common.source(f"{POLARITY}:{half}")
-  config.comparisons_split = "train"
   config.heldout = common.source(f"{POLARITY}:{half}")
-  config.heldout_split = "heldout"
   config.max_prompt_length = 1  # the start token
   config.max_completion_length = 160
   config.batch_size = 32

@@ -25,6 +25,7 @@ class Config:
   ref_policy: the name of the one that KL is measured from, or ''.
   reward_model: a place, for the proxy score, or ''.
   judge: says what is true, see `harness/evaluator.py`, or ''.
+  prompts: of a file, the held-out tenth, or every one with use='all'.
   kl_target: is shown beside the KL; 0 if there was none.
   """
 

@@ -45,8 +45,8 @@ from rlhf_jax.worlds import annotators
 class Config:
   """init_from: the policy whose trunk the reward model starts from.
 
-  heldout: comparisons that training never sees, by a source of their own.
-  heldout_split: which part of that source; 'all' if it was divided already.
+  heldout: comparisons that training never sees; the same source as
+    comparisons, if each uses its share of it.
   normalize_on: what the reference policy (ref_policy, a place) completes to fit
     the score's gain and bias; ref_policy '' fits them on held-out chosen and
     rejected completions instead.
@@ -56,9 +56,7 @@ class Config:
   init_from: str
   ref_policy: str
   comparisons: sources.SourceConfig
-  comparisons_split: Literal["train", "all"]
   heldout: sources.SourceConfig
-  heldout_split: Literal["heldout", "all"]
   too_long: Literal["drop", "truncate_prompt_left", "error"]
   max_prompt_length: int
   max_completion_length: int
@@ -87,9 +85,9 @@ def run(config: Config, workdir: str) -> None:
   train = _encode(
       config,
       policy,
-      reader.comparisons(config.comparisons, config.comparisons_split),
+      reader.comparisons(config.comparisons, "train"),
   )
-  heldout_records = reader.comparisons(config.heldout, config.heldout_split)
+  heldout_records = reader.comparisons(config.heldout, "heldout")
   heldout = _encode(config, policy, heldout_records)
 
   mesh = sharding.make_mesh(config.num_devices)

@@ -2,11 +2,14 @@
 
     world:assistant        the embedded domain; as many as asked for
     stories:PATH           TinyStories' text layout: a lone line break ends a
-                           story; every tenth is held out
-    text:PATH              documents divided by blank lines; likewise
+                           story
+    text:PATH              documents divided by blank lines
     polarity:ZIP:HALF      film sentences as comparisons, half 0 or 1
     hh:PATH, gsm8k:PATH    files as their publishers ship them
     anything else          JSONL (gz too): a path or glob, or tfds:NAME
+
+One file can serve training and evaluation: `use` says whether a stage gets its
+share of the records or all of them. How many it got is logged.
 
 `${NAME}` stands for an environment variable. What cannot be used is written
 with its reason to `<stage>/skipped/`.
@@ -15,7 +18,10 @@ with its reason to `<stage>/skipped/`.
 import dataclasses
 import pathlib
 import re
+from typing import Literal
 import zlib
+
+from absl import logging
 
 from experiments.harness.models import expand
 from rlhf_jax.data import publishers, readers, records
@@ -33,12 +39,16 @@ class SourceConfig:
 
   source: see the module's docstring.
   limit: at most so many, in their order; of a world, exactly so many. 0 is all.
+  use: 'share' holds every tenth record out (of polarity, its own tenth):
+    training gets the others, evaluation those. 'all' gives either everything,
+    for files that were divided already. A world is divided by itself.
   on_error: 'raise' stops at the first bad record, 'skip' writes it down.
   """
 
   source: str
   limit: int
   on_error: str = "raise"
+  use: Literal["share", "all"] = "share"
 
   def __post_init__(self):
     if self.limit < 0:
@@ -53,6 +63,8 @@ class SourceConfig:
 class Reader:
   """Reads the sources of one stage.
 
+  Every method takes the split, 'train' or 'heldout', that it reads for.
+
   seed: of what a world makes up and of random pairings.
   skipped_dir: where passed-over records go.
   """
@@ -66,7 +78,7 @@ class Reader:
       # Held-out documents are other draws of the same source.
       seed = self.seed if split == "train" else self.seed + 1_000_003
       return assistant.corpus(seed, cfg.limit)
-    return _limited(_split(_documents(expand(cfg.source)), split), cfg)
+    return _used(_documents(expand(cfg.source)), split, cfg)
 
   def demonstrations(
       self, cfg: SourceConfig, split: str
@@ -83,7 +95,7 @@ class Reader:
       found = publishers.read_gsm8k(path)
     else:
       found = self._records(source, "demonstration", cfg)
-    return _limited(_split(found, split), cfg)
+    return _used(found, split, cfg)
 
   def prompts(self, cfg: SourceConfig, split: str) -> list[Prompt]:
     """Prompts to complete; of stories, their first sentences."""
@@ -98,7 +110,7 @@ class Reader:
       ]
     else:
       found = self._records(source, "prompt", cfg)
-    return _limited(_split(found, split), cfg)
+    return _used(found, split, cfg)
 
   def comparisons(
       self, cfg: SourceConfig, split: str
@@ -115,15 +127,16 @@ class Reader:
       parts = publishers.read_sentence_polarity(
           path, half=int(half), seed=self.seed
       )
-      names = ("train", "heldout") if split == "all" else (split,)
-      return _limited([x for name in names for x in parts[name]], cfg)
+      whole = parts["train"] + parts["heldout"]
+      mine = whole if cfg.use == "all" else parts[split]
+      return _limited(mine, len(whole), cfg)
     if kind == "hh":
       found = publishers.read_hh(path, self._skipped(source))
     elif "ranking" in pathlib.Path(source).name:
       found = self._records(source, "ranking", cfg)
     else:
       found = self._records(source, "comparison", cfg)
-    return _limited(_split(found, split), cfg)
+    return _used(found, split, cfg)
 
   def _records(self, source: str, kind: str, cfg: SourceConfig):
     if cfg.on_error == "raise":
@@ -161,20 +174,29 @@ def _documents(source: str) -> list[str]:
   return found
 
 
-def _split(items: list, split: str) -> list:
-  """Every tenth is held out; 'all' is for a source that was divided already.
+def _used(items: list, split: str, cfg: SourceConfig) -> list:
+  """What a stage gets of a file's records."""
+  mine = items if cfg.use == "all" else _share(items, split, cfg)
+  return _limited(mine, len(items), cfg)
+
+
+def _share(items: list, split: str, cfg: SourceConfig) -> list:
+  """Every tenth is held out, the others are for training.
 
   Not the last tenth: files are often sorted, by length or by origin.
   """
-  if split == "all":
-    return items
   if len(items) < 2:
-    raise readers.ReadError("one record alone cannot be divided into splits.")
+    raise readers.ReadError(
+        f"{cfg.source}: one record alone cannot be divided into training and"
+        " held-out ones; use='all' takes it as it is."
+    )
   # From the end, so that two records are enough for two splits.
   heldout = set(range(len(items) - 1, -1, -_HELDOUT_EVERY))
   wanted = split == "heldout"
   return [x for i, x in enumerate(items) if (i in heldout) == wanted]
 
 
-def _limited(items: list, cfg: SourceConfig) -> list:
-  return items[: cfg.limit] if cfg.limit else items
+def _limited(items: list, num: int, cfg: SourceConfig) -> list:
+  used = items[: cfg.limit] if cfg.limit else items
+  logging.info("%s: %d of %d records used", cfg.source, len(used), num)
+  return used

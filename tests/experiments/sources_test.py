@@ -16,8 +16,10 @@ def reader(tmp_path):
   return sources.Reader(seed=0, skipped_dir=tmp_path / "skipped")
 
 
-def source(name, limit=0, on_error="raise"):
-  return sources.SourceConfig(source=str(name), limit=limit, on_error=on_error)
+def source(name, limit=0, on_error="raise", use="share"):
+  return sources.SourceConfig(
+      source=str(name), limit=limit, on_error=on_error, use=use
+  )
 
 
 def write_jsonl(path, rows):
@@ -67,7 +69,9 @@ def test_a_world_without_limit_is_refused():
 # ---- Files -------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("num, num_heldout", [(2, 1), (10, 1), (11, 2), (20, 2)])
+@pytest.mark.parametrize(
+    "num, num_heldout", [(2, 1), (10, 1), (11, 2), (20, 2)]
+)
 def test_every_tenth_record_is_held_out(reader, tmp_path, num, num_heldout):
   path = write_jsonl(tmp_path / "p.jsonl", prompt_rows(num))
   train = reader.prompts(source(path), "train")
@@ -87,11 +91,27 @@ def test_a_limit_takes_the_first(reader, tmp_path):
   assert reader.prompts(source(path, limit=1), "heldout") == heldout[:1]
 
 
+@pytest.mark.parametrize("split", ["train", "heldout"])
+def test_a_file_that_was_divided_already_is_used_whole(
+    reader, tmp_path, split, caplog
+):
+  path = write_jsonl(tmp_path / "p.jsonl", prompt_rows(20))
+  with caplog.at_level("INFO", logger="absl"):
+    found = reader.prompts(source(path, use="all"), split)
+    assert [x.prompt for x in found] == [x["prompt"] for x in prompt_rows(20)]
+    assert reader.prompts(source(path, 3, use="all"), split) == found[:3]
+    reader.prompts(source(path), split)
+  share = 18 if split == "train" else 2
+  assert [x.getMessage().split(": ")[-1] for x in caplog.records] == [
+      f"{n} of 20 records used" for n in (20, 3, share)
+  ]
+
+
 def test_globs_and_gzip_are_read(reader, tmp_path):
   write_jsonl(tmp_path / "a.jsonl", prompt_rows(10))
   zipped = "".join(json.dumps(row) + "\n" for row in prompt_rows(10))
   (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(zipped.encode()))
-  found = reader.prompts(source(tmp_path / "*.jsonl*"), "all")
+  found = reader.prompts(source(tmp_path / "*.jsonl*", use="all"), "train")
   assert len(found) == 20
 
 
@@ -100,8 +120,8 @@ def test_comparisons_and_rankings_are_told_apart_by_name(reader, tmp_path):
   ranking = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
   pairs = write_jsonl(tmp_path / "comparisons.jsonl", [pair] * 10)
   ranks = write_jsonl(tmp_path / "rankings.jsonl", [ranking] * 10)
-  assert isinstance(reader.comparisons(source(pairs), "all")[0], Comparison)
-  assert isinstance(reader.comparisons(source(ranks), "all")[0], Ranking)
+  assert isinstance(reader.comparisons(source(pairs), "train")[0], Comparison)
+  assert isinstance(reader.comparisons(source(ranks), "train")[0], Ranking)
 
 
 def test_stories_and_text_have_documents_and_first_sentences(reader, tmp_path):
@@ -109,15 +129,15 @@ def test_stories_and_text_have_documents_and_first_sentences(reader, tmp_path):
   stories.write_text("".join(f"Day {i}. It rained.\n\nMore.\n"
                              for i in range(20)))
   name = f"stories:{stories}"
-  documents = reader.documents(source(name), "all")
+  documents = reader.documents(source(name, use="all"), "train")
   assert documents[0] == "Day 0. It rained.\n\nMore."
-  assert reader.prompts(source(name), "all")[3] == Prompt("Day 3.")
-  spans = reader.demonstrations(source(name), "all")[0].spans
+  assert reader.prompts(source(name, use="all"), "train")[3] == Prompt("Day 3.")
+  spans = reader.demonstrations(source(name, use="all"), "train")[0].spans
   assert spans == ((documents[0], True),)
 
   text = tmp_path / "text.txt"
   text.write_text("One\nline.\n \nTwo.\n\n\nThree.")
-  found = reader.documents(source(f"text:{text}"), "all")
+  found = reader.documents(source(f"text:{text}", use="all"), "train")
   assert found == ["One\nline.", "Two.", "Three."]
 
 
@@ -135,7 +155,7 @@ def test_polarity_halves_and_splits_are_disjoint(reader, tmp_path):
   texts = [{t for x in part for t in (x.chosen, x.rejected)} for part in parts]
   assert all(texts)
   assert sum(map(len, texts)) == len(set().union(*texts))
-  whole = reader.comparisons(source(f"polarity:{path}:1"), "all")
+  whole = reader.comparisons(source(f"polarity:{path}:1", use="all"), "train")
   assert len(whole) == len(parts[2]) + len(parts[3])
   for wrong in ("2", "", "train"):
     with pytest.raises(ReadError, match="polarity:ZIP:0 or polarity:ZIP:1"):
@@ -188,7 +208,7 @@ def test_one_record_cannot_be_divided(reader, tmp_path):
   path = write_jsonl(tmp_path / "one.jsonl", prompt_rows(1))
   with pytest.raises(ReadError, match="one record alone"):
     reader.prompts(source(path), "train")
-  assert len(reader.prompts(source(path), "all")) == 1
+  assert len(reader.prompts(source(path, use="all"), "train")) == 1
 
 
 def _damaged(path, num_good, num_bad):
@@ -200,7 +220,7 @@ def test_bad_records_raise_or_are_written_down(reader, tmp_path):
   path = _damaged(tmp_path / "p.jsonl", 99, 1)
   with pytest.raises(ReadError, match=r"p\.jsonl:100"):
     reader.prompts(source(path), "train")
-  found = reader.prompts(source(path, on_error="skip"), "all")
+  found = reader.prompts(source(path, on_error="skip", use="all"), "train")
   assert len(found) == 99
   (skipped,) = (tmp_path / "skipped").iterdir()
   (row,) = map(json.loads, skipped.read_text().splitlines())
@@ -212,7 +232,8 @@ def test_more_than_five_percent_skipped_is_an_error(reader, tmp_path):
   with pytest.raises(ReadError, match=r"6 of 100 records skipped.*5\.0%"):
     reader.prompts(source(path, on_error="skip"), "train")
   path = _damaged(tmp_path / "q.jsonl", 95, 5)
-  assert len(reader.prompts(source(path, on_error="skip"), "all")) == 95
+  cfg = source(path, on_error="skip", use="all")
+  assert len(reader.prompts(cfg, "train")) == 95
 
 
 def test_skipped_records_of_files_with_one_name_are_kept_apart(

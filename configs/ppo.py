@@ -21,6 +21,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           init_from="runs/first/sft",
           ref_policy="",
           reward_model="runs/first/reward",
+          reward_rule="",
           value_network="separate",
           value_init="reward_model",
           prompts=common.source(common.ASSISTANT, 64 if smoke else 4_000),

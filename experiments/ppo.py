@@ -45,6 +45,9 @@ class Config:
   """init_from: the policy.
 
   ref_policy: what KL is measured from, '' for init_from.
+  reward_model: the place of what scores, unless a rule does.
+  reward_rule: 'module:function' of (prompt, completion) texts -> float, scores
+    instead of a reward model ('' for none).
   value_network: 'separate', or a head on the policy's own trunk ('shared').
   value_init: 'reward_model' takes its trunk and head (separate only); 'policy'
     the policy's trunk with a fresh head; 'zero' the same with a zero head.
@@ -59,6 +62,7 @@ class Config:
   init_from: str
   ref_policy: str
   reward_model: str
+  reward_rule: str
   value_network: Literal["separate", "shared"]
   value_init: Literal["reward_model", "policy", "zero"]
   prompts: sources.SourceConfig
@@ -93,6 +97,13 @@ class Config:
       raise ValueError(
           "value_network='shared' reads the policy's trunk, so value_init must "
           "be 'policy' or 'zero'"
+      )
+    if bool(self.reward_model) == bool(self.reward_rule):
+      raise ValueError("give either reward_model or reward_rule")
+    if self.value_init == "reward_model" and not self.reward_model:
+      raise ValueError(
+          "value_init='reward_model' needs a reward_model; beside a rule take "
+          "'policy' or 'zero'"
       )
     evaluator.check_judge(self.judge)
 
@@ -129,17 +140,20 @@ def run(config: Config, workdir: str) -> None:
   ref_policy = (
       models.load_policy(config.ref_policy) if config.ref_policy else policy
   )
-  reward_model = models.load_reward_model(config.reward_model)
-  _check_fits(config, policy, ref_policy)
   mesh = sharding.make_mesh(config.num_devices)
+  reward_model = None
+  if config.reward_rule:
+    reward_fn = evaluator.load_reward_rule(config.reward_rule)
+  else:
+    reward_model = models.load_reward_model(config.reward_model)
+    params = sharding.replicate(reward_model.params, mesh)
+    reward_fn = evaluator.make_reward_fn(
+        dataclasses.replace(reward_model, params=params)
+    )
+  _check_fits(config, policy, ref_policy)
   rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
   value_config, value_params = init_value(
       config, policy, reward_model, rng_value
-  )
-  reward_fn = evaluator.make_reward_fn(
-      dataclasses.replace(
-          reward_model, params=sharding.replicate(reward_model.params, mesh)
-      )
   )
   num_updates = (
       config.loop.num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
@@ -197,6 +211,7 @@ def run(config: Config, workdir: str) -> None:
       batches=batches,
       evaluate=evaluate,
       skipped_steps=lambda state: state.train.skipped_steps,
+      unit="iteration",
   )
   state = loop.run_loop(
       task, config.loop, workdir=str(out.dir), config=out.config
@@ -219,7 +234,7 @@ def make_step(
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
 ):
-  """One iteration, (state, (prompts, ptx)) -> (state, metrics, scored).
+  """One iteration, (state, (prompts, ptx)) -> (state, metrics, evidence).
 
   Three programs, and between the first two whatever scores: it may be a model
   on the device or a function of the text on the host.
@@ -257,7 +272,8 @@ def make_step(
         config.ppo,
     )
     state, update_metrics = update_step(state, scored, ptx, config.ppo)
-    return state, metrics | update_metrics, scored
+    evidence = {"scored": scored} | ({} if ptx is None else {"ptx": ptx})
+    return state, metrics | update_metrics, evidence
 
   return step
 
@@ -265,7 +281,7 @@ def make_step(
 def init_value(
     config: Config,
     policy: models.Policy,
-    reward_model: models.RewardModel,
+    reward_model: models.RewardModel | None,
     rng: jax.Array,
 ) -> tuple[TransformerConfig | None, Any]:
   """The value network's shape (None: shares the policy's trunk) and params.

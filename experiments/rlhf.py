@@ -96,7 +96,8 @@ def _check_environment(value: Any) -> None:
 def in_run(value: Any, workdir: str) -> Any:
   """The same config with `@run/` made into the run's own folder."""
   if isinstance(value, str):
-    return value.replace(_RUN, f"{pathlib.Path(workdir)}/")
+    # Resolved, so that another spelling of the folder is no other config.
+    return value.replace(_RUN, f"{pathlib.Path(workdir).resolve()}/")
   if isinstance(value, tuple):
     return tuple(in_run(item, workdir) for item in value)
   if dataclasses.is_dataclass(value):

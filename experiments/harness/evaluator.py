@@ -5,6 +5,7 @@ The evaluator sees the true reward, or whatever judges; no training step does.
 
 from collections.abc import Callable
 import dataclasses
+import importlib
 from typing import Any, Literal
 
 from absl import logging
@@ -22,7 +23,7 @@ from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.rewards import reward_model
-from rlhf_jax.rewards.episodes import Episodes, RewardFn
+from rlhf_jax.rewards.episodes import Episodes, RewardFn, make_rule_reward
 from rlhf_jax.types import PromptBatch, Rollout
 from rlhf_jax.worlds import assistant
 
@@ -169,6 +170,23 @@ def make_reward_fn(model: models.RewardModel) -> RewardFn:
   return reward_model.make_reward_model(
       model.config, model.params, model.normalization, model.tokenizer
   )
+
+
+def load_reward_rule(name: str) -> RewardFn:
+  """The reward function of a rule, 'module:function', on the import path.
+
+  Raises:
+    ConfigError: if there is no such function.
+  """
+  module, _, function = name.partition(":")
+  try:
+    rule = getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ConfigError(
+        f"reward_rule={name!r} is not 'module:function' on the import path: "
+        f"{error}"
+    ) from error
+  return make_rule_reward(rule)
 
 
 class Evaluator:

@@ -6,13 +6,14 @@ import re
 import shutil
 
 import jax
+from ml_collections import ConfigDict
 import numpy as np
 import pytest
-from ml_collections import ConfigDict
 
 from experiments import ppo, preferences, pretrain, reward, rlhf, sft
-from experiments.harness import cli
-from experiments.harness.config import from_config
+from experiments.harness import cli, models
+from experiments.harness.config import ConfigError, from_config
+from rlhf_jax import checkpoint
 from tests.experiments import tiny
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
@@ -242,6 +243,28 @@ def one_ppo_step(run, workdir, **changes) -> dict[str, float]:
   return numbers
 
 
+def test_what_is_saved_of_a_bad_iteration_holds_the_ptx_batch(
+    finished_run, tmp_path
+):
+  text = tmp_path / "text.txt"
+  text.write_text("\n\n".join(f"Grass is green, day {i}." for i in range(200)))
+  settings = tiny.stage("ppo", finished_run)
+  settings.loop.update(tiny.loop(1), max_nonfinite_steps=9)
+  settings.heldout_prompts.limit = 4
+  settings.optimizer.learning_rate = float("inf")
+  settings.update(ptx_batch_size=8, ptx_seq_len=32)
+  settings.ptx_documents.source = f"text:{text}"
+  settings.ppo.update(ptx_coef=0.5, num_epochs=1)
+  run_stage(ppo, settings, tmp_path / "ppo")
+  saved = np.load(tmp_path / "ppo" / "nonfinite" / "step_1.npz")
+  assert saved["ptx.tokens"].shape == (8, 32)
+  assert saved["scored.rollout.prompts"].shape == (8, tiny.PROMPT_LENGTH)
+  after, before = (
+      tiny.model_arrays(x) for x in (tmp_path / "ppo", finished_run / "sft")
+  )
+  tiny.assert_bitwise(after, before)
+
+
 def test_ppo_with_ptx_minibatches_and_devices(finished_run, tmp_path):
   text = tmp_path / "text.txt"
   text.write_text("\n\n".join(f"Grass is green, day {i}." for i in range(200)))
@@ -277,6 +300,56 @@ def test_ppo_with_a_shared_value_network(finished_run, tmp_path):
   # The reference is not where the policy starts.
   assert numbers["ppo/kl_exact"] > 1e-6
   assert numbers["ppo/stopped_early"] == 1
+
+
+def count_digits(prompt: str, completion: str) -> float:
+  """A rule that the test below names by module and function."""
+  del prompt
+  return float(sum(x.isdigit() for x in completion))
+
+
+def test_ppo_with_a_users_own_reward_rule_and_no_reward_model(
+    finished_run, tmp_path
+):
+  numbers = one_ppo_step(
+      finished_run,
+      tmp_path / "ppo",
+      reward_model="",
+      reward_rule=f"{__name__}:count_digits",
+      value_init="zero",
+  )
+  samples = tiny.read_jsonl(tmp_path / "ppo" / "samples.jsonl")
+  assert all(
+      row["score"] == count_digits(row["prompt"], row["completion"])
+      for row in samples
+  )
+  assert numbers["ppo/score"] >= 0
+
+
+def test_a_reward_rule_that_is_not_there_is_named(finished_run, tmp_path):
+  with pytest.raises(ConfigError, match="'math:no_such' is not"):
+    one_ppo_step(
+        finished_run,
+        tmp_path / "ppo",
+        reward_model="",
+        reward_rule="math:no_such",
+        value_init="zero",
+    )
+
+
+def test_sample_reads_a_checkpoint_of_a_stage(finished_run):
+  step = max((finished_run / "ppo" / "checkpoints").glob("step_*")).name
+  number = int(step.removeprefix("step_"))
+  last = models.load_policy(f"{finished_run}/ppo@last")
+  same = models.load_policy(f"{finished_run}/ppo@{number}")
+  final = models.load_policy(f"{finished_run}/ppo")
+  for a, b, c in zip(
+      *(jax.tree.leaves(x.params) for x in (last, same, final)), strict=True
+  ):
+    np.testing.assert_array_equal(a, b)
+    np.testing.assert_array_equal(a, c)
+  with pytest.raises(checkpoint.CheckpointError, match="no checkpoint of step"):
+    models.load_policy(f"{finished_run}/ppo@{number + 1}")
 
 
 def test_a_reward_model_from_rankings(finished_run, tmp_path):

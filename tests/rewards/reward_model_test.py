@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -5,6 +7,7 @@ import pytest
 
 from rlhf_jax.models import functions
 from rlhf_jax.models.heads import ScalarModel
+from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.rewards.reward_model import make_reward_model
 from rlhf_jax.types import ScoreNormalization
 from tests.models.small import random_params, small_config
@@ -50,6 +53,24 @@ def test_score_is_independent_of_the_rollouts_padding(tokenizer, episodes):
   reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)
   wider = make_episodes(tokenizer, prompt_length=20, completion_length=24)
   np.testing.assert_allclose(reward(wider), reward(episodes), atol=1e-5)
+
+
+def test_what_a_stop_token_ended_is_scored_at_an_end_token(tokenizer, episodes):
+  # The first completion, ended by its full stop: no end token was sampled.
+  rollout = episodes.rollout
+  mask = rollout.completion_mask
+  last = int(mask[0].sum()) - 1
+  assert rollout.completions[0, last] == tokenizer.eos_id
+  stopped = Episodes(
+      dataclasses.replace(
+          rollout,
+          completion_mask=mask.at[0, last].set(0),
+          completions=rollout.completions.at[0, last].set(tokenizer.pad_id),
+      ),
+      tokenizer,
+  )
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)
+  np.testing.assert_allclose(reward(stopped), reward(episodes), atol=1e-5)
 
 
 def test_reward_model_with_another_tokenizer_encodes_the_text_anew(

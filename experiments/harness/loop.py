@@ -156,7 +156,7 @@ class _Loop:
     self.writer, self.checkpointer = writer, checkpointer
     self.pending = None
     self.totals: metrics_lib.Metrics = {}
-    self.evaluation: dict[str, float] = {}
+    self.evaluated: tuple[int, dict[str, float]] = (-1, {})
 
   def run(self, start: int) -> None:
     if start == 0:
@@ -261,22 +261,25 @@ class _Loop:
     }
 
   def _evaluate(self, step: int) -> None:
-    self.evaluation, samples = self.task.evaluate(self.task.state)
+    numbers, samples = self.task.evaluate(self.task.state)
+    self.evaluated = step, numbers
     best = self.cfg.best_metric
-    if best and best not in self.evaluation:
+    if best and best not in numbers:
       raise ConfigError(
           f"loop.best_metric={best!r} is not among what {self.task.name} "
-          f"evaluates: {', '.join(sorted(self.evaluation))}"
+          f"evaluates: {', '.join(sorted(numbers))}"
       )
-    if self.evaluation:
-      self.writer.write(step, self.evaluation)
+    if numbers:
+      self.writer.write(step, numbers)
     if samples:
       self.writer.samples(step, samples)
 
   def _save(self, step: int) -> None:
+    evaluated_at, numbers = self.evaluated
     self.checkpointer.save(
         step,
         self.task.state,
         self.task.batches.get_state(),
-        metrics=self.evaluation or None,
+        # Those of an older state are not this one's.
+        metrics=(numbers or None) if evaluated_at == step else None,
     )

@@ -12,6 +12,7 @@ import pytest
 
 from experiments.harness import loop
 from experiments.harness.config import ConfigError
+from rlhf_jax import array_folder
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.updates import gradient
@@ -250,6 +251,27 @@ def test_the_best_checkpoint_is_kept_beside_the_last(tmp_path):
   train(task, cfg, tmp_path)
   kept = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
   assert kept == ["step_00000002", "step_00000006"]
+
+
+def test_a_checkpoint_holds_no_evaluation_of_another_step(tmp_path):
+  def saved(workdir):
+    return {
+        info["step"]: sorted(info["metrics"])
+        for info in map(
+            array_folder.read_info,
+            sorted((workdir / "checkpoints").glob("step_*")),
+        )
+    }
+
+  cfg = config(6, eval_every=2, checkpoint_every=1, keep_checkpoints=9)
+  train(make_task(), cfg, tmp_path / "whole")
+  wanted = {step: ["eval/w"] * (step % 2 == 0) for step in range(1, 7)}
+  assert saved(tmp_path / "whole") == wanted
+  # The same after a run that ended on the way.
+  short = dataclasses.replace(cfg, num_steps=4)
+  train(make_task(), short, tmp_path / "resumed")
+  train(make_task(), cfg, tmp_path / "resumed")
+  assert saved(tmp_path / "resumed") == wanted
 
 
 def test_a_best_metric_that_nobody_measures_is_told_at_once(tmp_path):

@@ -3,7 +3,8 @@
     python -m experiments.preferences --config=configs/preferences.py \
         --workdir=runs/first/preferences
 
-Needs `runs/first/sft`, as configs/rlhf.py leaves it.
+Needs `runs/first/sft`, as configs/rlhf.py leaves it. :ranking has them rank 4
+completions at once; its workdir is then runs/first/preferences_ranking.
 """
 
 from ml_collections import ConfigDict

@@ -4,7 +4,8 @@
         --workdir=runs/first/reward
 
 Needs `runs/first/sft` and `runs/first/preferences`, as configs/rlhf.py leaves
-them. :ranking reads rankings of 4 instead of pairs.
+them. :ranking reads rankings of 4 from runs/first/preferences_ranking, which
+`experiments.preferences --config=configs/preferences.py:ranking` leaves.
 
 :hh trains one on people's comparisons, Anthropic's HH harmless pairs, from the
 pretrained stories260K; RLHF_JAX_DATA names the folder with hh_harmless/ and
@@ -25,6 +26,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
   smoke = arg == common.SMOKE
   kind = "rankings" if arg == "ranking" else "comparisons"
   preferences = "runs/first/preferences"
+  if arg == "ranking":
+    preferences += "_ranking"
   config = ConfigDict(
       dict(
           seed=0,

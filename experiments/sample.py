@@ -1,7 +1,7 @@
-"""Shows completions of several policies side by side in the terminal.
+r"""Shows completions of several policies side by side in the terminal.
 
     python -m experiments.sample --policies=runs/first/sft,runs/first/ppo \
-        --prompts='What color is grass?'
+        --prompts='What color is the cat?\n'
 
 A place is a stage's folder (see `harness/models.py`). Without --prompts, the
 prompts are held-out requests of the embedded domain.

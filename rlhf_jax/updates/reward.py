@@ -12,7 +12,8 @@ scores higher.
      The margin is Touvron et al., arXiv 2307.09288, equation 2.
   3. Rankings of K: the mean over all strictly ordered pairs of a prompt, all in
      one row of the batch, so that a prompt weighs one whatever its K (arXiv
-     2203.02155, section 3.5: apart, they overfit).
+     2203.02155, section 3.5: shuffled apart, several epochs of them overfit;
+     within one epoch they do not repeat).
   4. center_coef pulls the two scores' sum to 0 (Eisenstein et al., arXiv
      2312.09244, section 3): the loss alone leaves their level undetermined.
   5. Afterwards a gain and a bias are fitted so that the reference policy's

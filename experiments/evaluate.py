@@ -8,6 +8,7 @@ Every policy completes every prompt with the same random numbers. Written:
     DIR/completions.jsonl   every completion with what was said of it
 """
 
+from collections.abc import Sequence
 import dataclasses
 from typing import Any
 
@@ -124,7 +125,10 @@ def complete(
 def summarise(
     config: Config, rows: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-  """Means over prompts with bootstrap intervals, and paired win rates."""
+  """Means over completions and paired win rates, with bootstrap intervals.
+
+  Prompts can repeat: an interval is over the distinct ones.
+  """
   names = list(rows)
   judged = "true_reward" in rows[names[0]][0]
   return {
@@ -135,7 +139,7 @@ def summarise(
           name: _summary(mine, config.seed) for name, mine in rows.items()
       },
       "win_rates": [
-          _win_rate(rows, policy, baseline)
+          _win_rate(rows, policy, baseline, config.seed)
           for i, policy in enumerate(names)
           for baseline in names[:i]
           if judged
@@ -144,22 +148,19 @@ def summarise(
 
 
 def _summary(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
-  interval = lambda values: dataclasses.asdict(
-      intervals.bootstrap_interval(np.asarray(values, float), seed=seed)
-  )
   summary = {
-      name: interval([row[name] for row in rows])
+      name: _interval(rows, [row[name] for row in rows], seed)
       for name in evaluator.NUMBERS
       if name in rows[0]
   }
   if "family" in rows[0]:
     families = sorted({row["family"] for row in rows})
-    summary["families"] = {
-        family: interval(
-            [row["true_reward"] for row in rows if row["family"] == family]
-        )
-        for family in families
-    }
+    summary["families"] = {}
+    for family in families:
+      mine = [row for row in rows if row["family"] == family]
+      summary["families"][family] = _interval(
+          mine, [row["true_reward"] for row in mine], seed
+      )
     parts = sorted({part for row in rows for part in row["parts"]})
     mean = lambda part: float(
         np.mean([row["parts"][part] for row in rows if part in row["parts"]])
@@ -168,16 +169,37 @@ def _summary(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
   return summary
 
 
-def _win_rate(rows, policy: str, baseline: str) -> dict[str, Any]:
+def _interval(
+    rows: list[dict[str, Any]], values: Sequence[float], seed: int
+) -> dict[str, float]:
+  """The mean of one value a row, with its interval."""
+  return dataclasses.asdict(
+      intervals.bootstrap_interval(
+          np.asarray(values, float),
+          seed=seed,
+          groups=evaluator.prompt_groups([row["prompt"] for row in rows]),
+      )
+  )
+
+
+def _win_rate(
+    rows: dict[str, list[dict[str, Any]]],
+    policy: str,
+    baseline: str,
+    seed: int,
+) -> dict[str, Any]:
   said = lambda name: np.asarray([row["true_reward"] for row in rows[name]])
-  result = win_rate.win_rate(said(policy), said(baseline))
-  interval = result.pop("interval")
+  a, b = said(policy), said(baseline)
+  result = win_rate.win_rate(a, b)
+  # Its own interval takes every row for a prompt of its own.
+  del result["interval"]
+  points = _interval(rows[policy], (a > b) + 0.5 * (a == b), seed)
   return {
       "policy": policy,
       "baseline": baseline,
       **result,
-      "low": interval.low,
-      "high": interval.high,
+      "low": points["low"],
+      "high": points["high"],
   }
 
 

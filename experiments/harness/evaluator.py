@@ -312,6 +312,18 @@ def averages(rows: list[dict[str, Any]]) -> dict[str, float]:
   }
 
 
+def prompt_groups(prompts: list[str]) -> np.ndarray:
+  """A label for each text, equal where the prompt is: [N] integers.
+
+  What shares a prompt is no independent evidence. Texts without a prompt share
+  none: each is a group of its own.
+  """
+  place = {}
+  return np.asarray(
+      [place.setdefault(x or i, len(place)) for i, x in enumerate(prompts)]
+  )
+
+
 def encode_prompts(
     prompts: list, tokenizer: Tokenizer, cfg: SampleConfig
 ) -> PromptBatch:

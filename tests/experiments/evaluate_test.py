@@ -1,0 +1,60 @@
+"""What the evaluation says of completions that were measured."""
+
+import numpy as np
+
+from configs import evaluate as evaluate_config
+from experiments import evaluate
+from experiments.harness import evaluator
+from experiments.harness.config import from_config
+from rlhf_jax.evaluation import intervals
+
+
+def rows(rewards, prompts):
+  return [
+      {"prompt": p, "completion_length": 3, "ended": True, "true_reward": r}
+      for r, p in zip(rewards, prompts, strict=True)
+  ]
+
+
+def summarise(prompts, base, sft):
+  config = from_config(
+      evaluate.Config, evaluate_config.get_config("smoke")
+  )
+  return evaluate.summarise(
+      config, {"base": rows(base, prompts), "sft": rows(sft, prompts)}
+  )
+
+
+def test_repeated_prompts_are_no_further_evidence():
+  rng = np.random.default_rng(0)
+  base, sft = rng.normal(size=(2, 20))
+  prompts = [f"question {i}" for i in range(20)]
+  once = summarise(prompts, base, sft)
+  # The very same twenty prompts and answers, each five times.
+  five = summarise(prompts * 5, np.tile(base, 5), np.tile(sft, 5))
+  apart = summarise(
+      [f"question {i}" for i in range(100)], np.tile(base, 5), np.tile(sft, 5)
+  )
+  width = lambda x: x["high"] - x["low"]
+  for find in (
+      lambda x: x["policies"]["sft"]["true_reward"],
+      lambda x: x["win_rates"][0],
+  ):
+    np.testing.assert_allclose(width(find(five)), width(find(once)), rtol=0.1)
+    assert width(find(apart)) < 0.6 * width(find(five))
+
+
+def test_a_win_rates_interval_counts_ties_half():
+  (found,) = summarise(list("abcd"), [0, 0, 1, 1], [1, 0, 1, 0])["win_rates"]
+  wanted = intervals.bootstrap_interval(np.array([1, 0.5, 0.5, 0]), seed=0)
+  assert (found["low"], found["high"]) == (wanted.low, wanted.high)
+  assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.5, 0.25)
+  assert list(found) == [
+      "policy", "baseline", "win", "tie", "loss", "low", "high"
+  ]
+
+
+def test_completions_without_a_prompt_share_none():
+  found = evaluator.prompt_groups(["a", "", "b", "", "a"])
+  assert found[0] == found[4]
+  assert len(set(found.tolist())) == 4

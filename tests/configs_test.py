@@ -7,10 +7,11 @@ import pathlib
 import re
 import typing
 
-import pytest
 from ml_collections import ConfigDict
+import pytest
 
-from experiments.harness import cli, config as config_lib, language_model
+from experiments.harness import cli, language_model
+from experiments.harness import config as config_lib
 from experiments.harness.config import ConfigError, from_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
@@ -319,6 +320,112 @@ NONSENSE = [
 ]
 
 
+OUT_OF_RANGE = [
+    ("num_epochs", 0, "1 or greater"),
+    ("num_minibatches", 0, "1 or greater"),
+    ("num_microbatches", -1, "1 or greater"),
+    ("temperature", 0.0, "greater than 0"),
+    ("gamma", 1.1, "from 0 to 1"),
+    ("gae_lambda", -0.1, "from 0 to 1"),
+    ("cliprange", 0.0, "greater than 0"),
+    ("cliprange_value", -1.0, "greater than 0"),
+    ("vf_coef", -0.1, "0 or greater"),
+    ("entropy_coef", -0.1, "0 or greater"),
+    ("ptx_coef", -0.1, "0 or greater"),
+    ("max_update_kl", 0.0, "greater than 0"),
+    ("kl_target", 0.0, "greater than 0"),
+    ("kl_horizon", -1.0, "greater than 0"),
+    ("kl_coef", 0.0, "greater than 0"),
+]
+
+
+@pytest.mark.parametrize("field, value, wanted", OUT_OF_RANGE)
+def test_a_ppo_number_out_of_its_range_is_refused(field, value, wanted):
+  _refused(
+      "ppo",
+      lambda c: c.ppo.update({field: value}),
+      f"ppo.{field}={value} must be {wanted}",
+  )
+
+
+def test_a_fixed_controller_needs_no_target_and_may_have_no_penalty():
+  config = _module("ppo").get_config("smoke")
+  config.ppo.update(
+      kl_controller="fixed", kl_coef=0.0, kl_target=0.0, kl_horizon=0.0
+  )
+  from_config(_class("ppo"), config)
+  config.ppo.kl_coef = -0.1
+  with pytest.raises(ConfigError, match="ppo.kl_coef=-0.1 must be 0 or"):
+    from_config(_class("ppo"), config)
+
+
+@pytest.mark.parametrize("field, value", [
+    ("learning_rate", 0.0),
+    ("warmup_steps", -1),
+    ("warmup_steps", 1_000_000),
+    ("final_fraction", 1.5),
+    ("b1", 1.0),
+    ("b2", -0.1),
+    ("epsilon", 0.0),
+    ("weight_decay", -0.1),
+    ("max_grad_norm", 0.0),
+])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "ppo"])
+def test_an_optimizers_number_out_of_its_range_is_refused(name, field, value):
+  change = lambda c: getattr(c, "train", c).optimizer.update({field: value})
+  _refused(name, change, f"optimizer.{field}={value} must be ")
+
+
+def test_warmup_of_ppo_is_counted_in_optimizer_steps():
+  config = _module("ppo").get_config("smoke")
+  num_updates = (
+      config.loop.num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
+  )
+  config.optimizer.warmup_steps = num_updates - 1
+  from_config(_class("ppo"), config)
+  config.optimizer.warmup_steps = num_updates
+  with pytest.raises(ConfigError, match=f"less than the {num_updates} optim"):
+    from_config(_class("ppo"), config)
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda c: c.pretrain.train.update(seq_len=129), "pretrain.train.seq_len"),
+    (lambda c: c.sft.train.update(seq_len=129), "sft.train.seq_len"),
+    (
+        lambda c: c.reward.update(max_completion_length=109),
+        "reward.max_prompt_length + reward.max_completion_length",
+    ),
+    (
+        lambda c: c.ppo.samples.update(max_completion_length=109),
+        "ppo.samples.max_prompt_length + ppo.samples.max_completion_length",
+    ),
+    (
+        lambda c: c.evaluate.samples.update(max_prompt_length=97),
+        "evaluate.samples.max_prompt_length + ",
+    ),
+])
+def test_a_length_that_the_runs_model_does_not_have_is_refused(change, part):
+  _refused("rlhf", change, part, "=129", "pretrain.model.max_length=128")
+
+
+def test_another_model_may_be_longer():
+  config = _module("rlhf").get_config("smoke")
+  config.reward.init_from = "models/long"
+  config.reward.max_completion_length = 500
+  from_config(_class("rlhf"), config)
+
+
+def test_evaluation_shows_the_target_that_the_controller_aims_at():
+  def change(config):
+    config.evaluate.kl_target = 3.0
+
+  _refused("rlhf", change, "evaluate.kl_target=3.0", "ppo.ppo.kl_target=1.5")
+  config = _module("rlhf").get_config("smoke")
+  config.evaluate.kl_target = 0.0
+  config.ppo.ppo.kl_controller = "fixed"
+  from_config(_class("rlhf"), config)
+
+
 @pytest.mark.parametrize("name, change, part", NONSENSE)
 def test_what_makes_no_sense_is_refused(name, change, part):
   _refused(name, change, part)
@@ -366,7 +473,8 @@ def test_a_config_error_is_one_that_the_user_can_mend(capsys):
 
 def test_a_seed_moves_every_stages_seed_and_nothing_else():
   get_config = _module("rlhf").get_config
-  zero, three = get_config("full").to_dict(), get_config("full,seed=3").to_dict()
+  zero = get_config("full").to_dict()
+  three = get_config("full,seed=3").to_dict()
   assert _without_seeds(zero) == _without_seeds(three)
   seeds = lambda config: list(_seeds(config))
   assert [x + 3 for x in seeds(zero)] == seeds(three)

@@ -82,7 +82,8 @@ def _checkpoints(workdir: pathlib.Path, finished: bool) -> list[pathlib.Path]:
   return [
       path
       for path in sorted((workdir / "checkpoints").glob("step_*"))
-      if path.suffix != ".deleted" and array_folder.is_finished(path) == finished
+      if path.suffix != ".deleted"
+      and array_folder.is_finished(path) == finished
   ]
 
 
@@ -228,9 +229,9 @@ def test_a_finished_stage_is_skipped(uninterrupted, finished_run):
   assert _contents(whole) == before
 
 
-def _contents(folder: pathlib.Path) -> dict[str, tuple[int, bytes]]:
+def _contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, bytes]]:
   return {
-      str(path.relative_to(folder)): (path.stat().st_mtime_ns, path.read_bytes())
+      path: (path.stat().st_mtime_ns, path.read_bytes())
       for path in sorted(folder.rglob("*"))
       if path.is_file()
   }

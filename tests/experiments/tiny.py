@@ -11,8 +11,8 @@ import subprocess
 import sys
 
 import jax
-import numpy as np
 from ml_collections import ConfigDict
+import numpy as np
 
 from configs import rlhf as rlhf_config
 from experiments import rlhf
@@ -54,6 +54,7 @@ def pipeline() -> ConfigDict:
   for stage in (config.pretrain, config.sft):
     stage.train.update(batch_size=4, seq_len=64)
     stage.train.sample_prompts.limit = 4
+    stage.train.optimizer.warmup_steps = 0
     stage.train.loop.update(loop())
     shorten(stage.train.samples)
   config.preferences.prompts.limit = 16
@@ -63,6 +64,7 @@ def pipeline() -> ConfigDict:
       max_prompt_length=PROMPT_LENGTH, max_completion_length=40, batch_size=8
   )
   config.reward.normalize_on.limit = 16
+  config.reward.optimizer.warmup_steps = 0
   config.reward.loop.update(loop())
   config.ppo.prompts.limit = 16
   config.ppo.heldout_prompts.limit = 8

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.harness import (
+    checks,
     cli,
     evaluator,
     language_model,
@@ -80,6 +81,8 @@ class Config:
   num_logged_samples: int
 
   def __post_init__(self):
+    _check_ppo(self.ppo)
+    checks.check_optimizer(self.optimizer, self.num_updates)
     parts = self.ppo.num_minibatches * self.ppo.num_microbatches
     language_model.check_divides(
         self.rollout_batch_size, parts, self.num_devices, "rollout_batch_size"
@@ -106,6 +109,36 @@ class Config:
           "'policy' or 'zero'"
       )
     evaluator.check_judge(self.judge)
+
+  @property
+  def num_updates(self) -> int:
+    """Optimizer steps over all iterations."""
+    return (
+        self.loop.num_steps * self.ppo.num_epochs * self.ppo.num_minibatches
+    )
+
+
+def _check_ppo(cfg: ppo.PPOConfig) -> None:
+  # Not in PPOConfig itself, whose numbers may be traced.
+  ranges = {
+      "num_epochs": ">= 1",
+      "num_minibatches": ">= 1",
+      "num_microbatches": ">= 1",
+      "temperature": "> 0",
+      "gamma": "[0, 1]",
+      "gae_lambda": "[0, 1]",
+      "cliprange": "> 0",
+      "cliprange_value": "> 0",
+      "vf_coef": ">= 0",
+      "entropy_coef": ">= 0",
+      "ptx_coef": ">= 0",
+      "kl_coef": ">= 0",
+      "max_update_kl": "> 0",
+  }
+  if cfg.kl_controller == "adaptive":
+    # It multiplies kl_coef: 0 would stay 0.
+    ranges |= {"kl_target": "> 0", "kl_horizon": "> 0", "kl_coef": "> 0"}
+  checks.check_ranges(cfg, "ppo", ranges)
 
 
 class Batches:
@@ -155,10 +188,7 @@ def run(config: Config, workdir: str) -> None:
   value_config, value_params = init_value(
       config, policy, reward_model, rng_value
   )
-  num_updates = (
-      config.loop.num_steps * config.ppo.num_epochs * config.ppo.num_minibatches
-  )
-  tx = optim.make_optimizer(config.optimizer, num_updates)
+  tx = optim.make_optimizer(config.optimizer, config.num_updates)
 
   # ---- data ------------------------------------------------------------------
   reader = sources.Reader(config.seed, out.dir / "skipped")

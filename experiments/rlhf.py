@@ -17,6 +17,7 @@ one that another run, or a model on disk, stands in for. `@run/` in a place or
 source stands for DIR.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import pathlib
 import time
@@ -57,6 +58,51 @@ class Config:
   judge: reward.Config | None
   ppo: ppo.Config | None
   evaluate: evaluate.Config | None
+
+  def __post_init__(self):
+    if self.pretrain is not None:
+      self._check_lengths(self.pretrain.model.max_length)
+    controller = self.ppo and self.ppo.ppo
+    if (
+        self.evaluate
+        and controller
+        and controller.kl_controller == "adaptive"
+        and self.evaluate.kl_target != controller.kl_target
+    ):
+      raise ValueError(
+          f"evaluate.kl_target={self.evaluate.kl_target} must be the adaptive "
+          f"controller's ppo.ppo.kl_target={controller.kl_target}"
+      )
+
+  def _check_lengths(self, max_length: int) -> None:
+    too_long = [
+        f"{name}={length}"
+        for stage_name in STAGES
+        for name, length in _lengths(stage_name, getattr(self, stage_name))
+        if length > max_length
+    ]
+    if too_long:
+      raise ValueError(
+          f"longer than pretrain.model.max_length={max_length}: "
+          f"{', '.join(too_long)}"
+      )
+
+
+def _lengths(path: str, section: Any) -> Iterator[tuple[str, int]]:
+  """(field path, tokens) of every length in a stage of this run's own model."""
+  if not dataclasses.is_dataclass(section):
+    return
+  if not getattr(section, "init_from", _RUN).startswith(_RUN):
+    return  # another model, of another length
+  for field in dataclasses.fields(section):
+    name, value = f"{path}.{field.name}", getattr(section, field.name)
+    if field.name in ("seq_len", "ptx_seq_len"):
+      yield name, value
+    elif field.name == "max_prompt_length":
+      total = value + section.max_completion_length
+      yield f"{name} + {path}.max_completion_length", total
+    else:
+      yield from _lengths(name, value)
 
 
 def run(config: Config, workdir: str, start_at: str = "") -> None:

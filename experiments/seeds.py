@@ -5,7 +5,7 @@
 Prints a table in Markdown, each mean over runs with its 95% interval (Student's
 t over seeds), and draws score and true reward over PPO's iterations. A run is a
 workdir of experiments.rlhf; it is one observation, however many prompts it was
-evaluated on.
+evaluated on. Runs whose configs differ in more than seeds are refused.
 """
 
 import glob
@@ -17,6 +17,7 @@ from absl import app, flags
 import numpy as np
 
 from experiments.harness import cli, metric_writer
+from rlhf_jax import checkpoint
 from rlhf_jax.evaluation import intervals
 
 _RUNS = flags.DEFINE_string("runs", None, "Glob of the runs' workdirs.")
@@ -48,7 +49,47 @@ def find_runs(pattern: str) -> list[pathlib.Path]:
         f"{pattern!r} names {len(runs)} finished runs; an interval over seeds "
         "takes two or more"
     )
+  _check_same_config(runs)
   return runs
+
+
+_MAX_SHOWN = 5
+
+
+def _check_same_config(runs: list[pathlib.Path]) -> None:
+  first, *rest = [_comparable(run) for run in runs]
+  for run, config in zip(runs[1:], rest, strict=True):
+    differences = checkpoint.config_differences(first, config)
+    if not differences:
+      continue
+    more = len(differences) - _MAX_SHOWN
+    raise cli.UserError(
+        f"{run} (given) and {runs[0]} (saved) differ in more than their "
+        "seeds:\n  "
+        + "\n  ".join(differences[:_MAX_SHOWN])
+        + (f"\n  and {more} more" if more > 0 else "")
+    )
+
+
+def _comparable(run: pathlib.Path) -> Any:
+  """The run's config without seeds and without its own folder's name."""
+  path = run / "config.json"
+  if not path.exists():
+    raise cli.UserError(f"{run} holds no config.json: it is no run's workdir")
+  # The longer first: the one may end in the other.
+  folders = (f"{run.resolve()}/", f"{run}/")
+
+  def blank(value: Any) -> Any:
+    if isinstance(value, dict):
+      return {k: blank(v) for k, v in value.items() if k != "seed"}
+    if isinstance(value, list):
+      return [blank(item) for item in value]
+    if isinstance(value, str):
+      for folder in folders:
+        value = value.replace(folder, "@run/")
+    return value
+
+  return blank(_read(path))
 
 
 def make_table(runs: list[pathlib.Path]) -> list[str]:

@@ -10,10 +10,11 @@ from experiments import seeds
 from experiments.harness import cli
 
 
-def write_run(folder, sft, ppo):
+def write_run(folder, sft, ppo, config=None):
   (folder / "evaluate").mkdir(parents=True)
   (folder / "reward").mkdir()
   (folder / "ppo").mkdir()
+  (folder / "config.json").write_text(json.dumps(config or {}))
   policies = {
       name: {"true_reward": {"mean": x}, "kl": {"mean": 10 * x}}
       for name, x in (("sft", sft), ("ppo", ppo))
@@ -59,6 +60,44 @@ def test_unfinished_runs_are_passed_over_and_named(tmp_path, capsys):
 def test_one_run_is_too_few(tmp_path):
   write_run(tmp_path / "run0", 0.1, 0.2)
   with pytest.raises(cli.UserError, match="two or more"):
+    seeds.find_runs(str(tmp_path / "run*"))
+
+
+def ppo_section(folder, seed, **changes):
+  return {
+      "seed": seed,
+      "init_from": f"{folder}/sft",
+      "reward_model": "@run/reward",
+      "policies": [f"sft={folder}/sft"],
+      "ppo": {"kl_coef": 0.1},
+  } | changes
+
+
+def test_runs_may_differ_in_seeds_and_in_their_own_folders(tmp_path):
+  for i in range(3):
+    folder = tmp_path / f"run{i}"
+    write_run(folder, 0.1, 0.2, {"ppo": ppo_section(folder, i)})
+  assert len(seeds.find_runs(str(tmp_path / "run*"))) == 3
+
+
+def test_runs_that_differ_in_more_than_seeds_are_refused(tmp_path):
+  for i in range(3):
+    changes = {"ppo": {f"x{k}": k for k in range(9)}} if i == 2 else {}
+    folder = tmp_path / f"run{i}"
+    write_run(folder, 0.1, 0.2, {"ppo": ppo_section(folder, i, **changes)})
+  with pytest.raises(cli.UserError) as error:
+    seeds.find_runs(str(tmp_path / "run*"))
+  message = str(error.value)
+  assert "run2 (given)" in message and "run0 (saved)" in message
+  assert "ppo.ppo.kl_coef: saved 0.1, given nothing" in message
+  assert "and 5 more" in message and "seed:" not in message
+
+
+def test_a_run_without_its_config_is_refused(tmp_path):
+  for i in range(2):
+    write_run(tmp_path / f"run{i}", 0.1, 0.2)
+  (tmp_path / "run1" / "config.json").unlink()
+  with pytest.raises(cli.UserError, match="run1 holds no config.json"):
     seeds.find_runs(str(tmp_path / "run*"))
 
 

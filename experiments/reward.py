@@ -31,8 +31,10 @@ from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, pipeline
 from rlhf_jax.data.records import Ranking
-from rlhf_jax.evaluation import preference_accuracy
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.evaluation import intervals, preference_accuracy
 from rlhf_jax.generation import decode
+from rlhf_jax.losses import preference
 from rlhf_jax.models import functions, heads
 from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.train_state import create_train_state
@@ -82,13 +84,17 @@ def run(config: Config, workdir: str) -> None:
   policy = models.load_policy(config.init_from)
   _check_fits(config, policy)
   reader = sources.Reader(config.seed, out.dir / "skipped")
-  train = _encode(
-      config,
-      policy,
-      reader.comparisons(config.comparisons, "train"),
+  train, _ = encode(
+      config, policy.tokenizer, reader.comparisons(config.comparisons, "train")
   )
-  heldout_records = reader.comparisons(config.heldout, "heldout")
-  heldout = _encode(config, policy, heldout_records)
+  heldout, heldout_records = encode(
+      config, policy.tokenizer, reader.comparisons(config.heldout, "heldout")
+  )
+  if not ordered_margins(np.zeros(heldout.tokens.shape[:2]), heldout)[0].size:
+    raise ConfigError(
+        f"heldout: {config.heldout.source} has no pair to measure on: every "
+        "weight is 0, or every ranking is one tie"
+    )
 
   mesh = sharding.make_mesh(config.num_devices)
   rng_state, rng_head, rng_samples = jax.random.split(
@@ -133,9 +139,16 @@ def run(config: Config, workdir: str) -> None:
 
   heldout_scores = scorer.scores(state.params, heldout)
   normalization = _normalize(
-      config, policy, state.params, reader, rng_samples, heldout_scores
+      config,
+      policy,
+      state.params,
+      reader,
+      rng_samples,
+      completion_scores(heldout_scores, heldout),
   )
-  report = make_calibration(heldout_scores, heldout, heldout_records)
+  report = make_calibration(
+      heldout_scores, heldout, heldout_records, config.seed
+  )
   stage.write_json(out.dir / "calibration.json", report)
   models.save_reward_model(
       out.dir,
@@ -174,26 +187,57 @@ class BatchScorer:
 
 def ordered_margins(
     scores: np.ndarray, batch: PreferenceBatch | RankingBatch
-) -> np.ndarray:
-  """score(better) - score(worse) of every ordered pair, [num_pairs]."""
+) -> tuple[np.ndarray, np.ndarray]:
+  """score(better) - score(worse) of every ordered pair, and the pair's row.
+
+  As in training, what weighs 0 does not count.
+
+  Returns:
+    margins [num_pairs] and rows [num_pairs], indices into the batch.
+  """
+  counted = np.asarray(batch.weight) > 0
   if isinstance(batch, PreferenceBatch):
-    return scores[:, 0] - scores[:, 1]
+    return (scores[:, 0] - scores[:, 1])[counted], np.flatnonzero(counted)
   better = (
       (batch.ranks[:, :, None] < batch.ranks[:, None, :])
       & batch.completion_valid[:, :, None]
       & batch.completion_valid[:, None, :]
+      & counted[:, None, None]
   )
-  return (scores[:, :, None] - scores[:, None, :])[better]
+  margins = scores[:, :, None] - scores[:, None, :]
+  return margins[better], np.nonzero(better)[0]
+
+
+def completion_scores(
+    scores: np.ndarray, batch: PreferenceBatch | RankingBatch
+) -> np.ndarray:
+  """The scores of real completions, without those that fill rankings up."""
+  if isinstance(batch, PreferenceBatch):
+    return scores.ravel()
+  return scores[batch.completion_valid]
 
 
 def evaluate(
     scores: np.ndarray, batch: PreferenceBatch | RankingBatch
 ) -> dict[str, float]:
-  """'eval/accuracy' and 'eval/loss' over held-out pairs."""
-  margins = ordered_margins(scores, batch)
+  """'eval/accuracy' and 'eval/loss' of held-out rows, as training has them.
+
+  The loss is of the stated margins and weighted, the accuracy of the pairs that
+  weigh anything; except that a tie is half right.
+  """
+  margins, _ = ordered_margins(scores, batch)
+  score = jnp.asarray(scores)
+  if isinstance(batch, PreferenceBatch):
+    loss = preference.bradley_terry_loss(
+        score[:, 0], score[:, 1], margin=jnp.asarray(batch.margin)
+    )
+  else:
+    loss = preference.pairwise_ranking_loss(
+        score, jnp.asarray(batch.ranks), jnp.asarray(batch.completion_valid)
+    )
   return {
       "eval/accuracy": float(preference_accuracy.accuracy(margins).mean),
-      "eval/loss": float(np.logaddexp(0, -margins).mean()),
+      "eval/loss": float(np.average(np.asarray(loss), weights=batch.weight)),
   }
 
 
@@ -201,46 +245,63 @@ def make_calibration(
     scores: np.ndarray,
     batch: PreferenceBatch | RankingBatch,
     comparisons: list,
+    seed: int,
 ) -> dict[str, Any]:
-  """What the report shows: accuracy, its ceiling if known, calibration."""
-  margins = ordered_margins(scores, batch)
+  """What the report shows: accuracy, its ceiling if known, calibration.
+
+  Args:
+    scores: of the batch's rows.
+    batch: held-out comparisons or rankings.
+    comparisons: the records of the batch, row by row.
+    seed: of the accuracy's interval, which is over distinct prompts.
+  """
+  margins, rows = ordered_margins(scores, batch)
+  accuracy = intervals.bootstrap_interval(
+      (margins > 0) + 0.5 * (margins == 0),
+      seed=seed,
+      groups=evaluator.prompt_groups([x.prompt for x in comparisons])[rows],
+  )
+  # The ceiling is of the very pairs that the accuracy is of.
+  comparisons = [x for x in comparisons if x.weight > 0]
   simulated = {annotator.name for annotator in annotators.ANNOTATORS}
-  rows = [
+  judged = [
       {"prompt": x.prompt, "chosen": x.chosen, "rejected": x.rejected}
       for x in comparisons
       if not isinstance(x, Ranking) and x.annotator in simulated
   ]
   # Only who simulates the annotators knows how well they can be predicted.
-  known = len(rows) == len(comparisons)
+  known = len(judged) == len(comparisons)
   bins = preference_accuracy.calibration(margins)
   return {
-      "accuracy": dataclasses.asdict(preference_accuracy.accuracy(margins)),
+      "accuracy": dataclasses.asdict(accuracy),
       "num_pairs": len(margins),
       "bins": bins,
       "expected_calibration_error": (
           preference_accuracy.expected_calibration_error(bins)
       ),
-      "ceiling": annotators.agreement_ceiling(rows) if known else None,
-      "agreement": annotators.annotator_agreement(rows) if known else None,
+      "ceiling": annotators.agreement_ceiling(judged) if known else None,
+      "agreement": annotators.annotator_agreement(judged) if known else None,
   }
 
 
-def _encode(
-    config: Config, policy: models.Policy, comparisons: list
-) -> PreferenceBatch | RankingBatch:
+def encode(
+    config: Config, tokenizer: Tokenizer, comparisons: list
+) -> tuple[PreferenceBatch | RankingBatch, list]:
+  """Rows of tokens, and of the records those that were short enough."""
   is_ranking = isinstance(comparisons[0], Ranking)
-  encode = (
+  encode_records = (
       encoding.encode_rankings if is_ranking else encoding.encode_comparisons
   )
-  batch, report = encode(
+  batch, report = encode_records(
       comparisons,
-      policy.tokenizer,
+      tokenizer,
       max_prompt_length=config.max_prompt_length,
       max_completion_length=config.max_completion_length,
       policy=config.too_long,
   )
   logging.info("reward: comparisons: %s", report)
-  return batch
+  dropped = set(report.dropped)
+  return batch, [x for i, x in enumerate(comparisons) if i not in dropped]
 
 
 def _normalize(
@@ -249,12 +310,10 @@ def _normalize(
     params: Any,
     reader: sources.Reader,
     rng: jax.Array,
-    heldout_scores: np.ndarray,
+    known_scores: np.ndarray,
 ) -> ScoreNormalization:
   if not config.ref_policy:
-    return reward_update.fit_score_normalization(
-        jnp.asarray(heldout_scores.ravel())
-    )
+    return reward_update.fit_score_normalization(jnp.asarray(known_scores))
   ref_policy = models.load_policy(config.ref_policy)
   prompts = evaluator.encode_prompts(
       reader.prompts(config.normalize_on, "train"),

@@ -40,7 +40,8 @@ class LengthReport:
 
   num_records = num_kept + num_dropped; num_truncated of the kept ones lost a
   part of their prompt (num_split: were cut into pieces). The longest lengths
-  are in tokens, before the policy, bos and eos included.
+  are in tokens, before the policy, bos and eos included. dropped: the places of
+  the dropped ones.
   """
 
   num_records: int
@@ -50,6 +51,7 @@ class LengthReport:
   num_split: int
   longest_prompt: int
   longest_completion: int
+  dropped: tuple[int, ...]
 
   def __str__(self) -> str:
     return (
@@ -67,7 +69,8 @@ class _Lengths:
     if policy not in allowed:
       raise ValueError(f"policy={policy!r} is not one of {', '.join(allowed)}.")
     self.policy = policy
-    self.dropped = self.truncated = self.split = self.records = 0
+    self.truncated = self.split = self.records = 0
+    self.dropped = []
     self.longest_prompt = self.longest_completion = 0
 
   def see(self, prompt: int, completion: int) -> None:
@@ -92,13 +95,13 @@ class _Lengths:
           " 'error'."
       )
     if self.policy == "drop" or completion > completion_limit:
-      self.dropped += 1
+      self.dropped.append(self.records - 1)
       return None
     self.truncated += 1
     return prompt_limit
 
   def report(self) -> LengthReport:
-    kept = self.records - self.dropped
+    kept = self.records - len(self.dropped)
     if not kept:
       raise LengthError(
           f"all {self.records} records are longer than the limits: the longest"
@@ -107,10 +110,11 @@ class _Lengths:
           if self.records else "there are no records to encode."
       )
     return LengthReport(
-        num_records=self.records, num_kept=kept, num_dropped=self.dropped,
+        num_records=self.records, num_kept=kept, num_dropped=len(self.dropped),
         num_truncated=self.truncated, num_split=self.split,
         longest_prompt=self.longest_prompt,
         longest_completion=self.longest_completion,
+        dropped=tuple(self.dropped),
     )
 
 

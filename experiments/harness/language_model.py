@@ -13,7 +13,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness import evaluator, loop, models, sources, stage
+from experiments.harness import (
+    checks,
+    evaluator,
+    loop,
+    models,
+    sources,
+    stage,
+)
 from experiments.harness.config import ConfigError
 from rlhf_jax import metrics as metrics_lib, optim, sharding
 from rlhf_jax.data import packing, pipeline
@@ -49,6 +56,7 @@ class LanguageModelConfig:
     check_divides(
         self.batch_size, self.sft.num_microbatches, self.num_devices
     )
+    checks.check_optimizer(self.optimizer, self.loop.num_steps)
 
 
 def check_divides(

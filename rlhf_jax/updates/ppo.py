@@ -37,11 +37,12 @@ microbatches and devices change nothing (N+ averages each device's mean).
       {'policy', 'value'} and `policy_value_fn` knows which.
   10. Entropy bonus (off by default) and PTX: ptx_coef times the language-model
       loss on pretraining text (InstructGPT, 2203.02155, equation 2), one slice
-      of `ptx` for every minibatch.
+      of `ptx` for every minibatch; every epoch sees the same slices again.
   11. num_epochs passes over the rollout, each over a new permutation in
       num_minibatches; microbatches accumulate exactly.
   12. Once a minibatch's KL from the old policy exceeds `max_update_kl`, the
-      rest of the update is skipped (OpenAI Spinning Up, "early stopping").
+      rest of the update is skipped (OpenAI Spinning Up, "early stopping"; there
+      the minibatch that exceeds is not applied, here it still is).
   13. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
       "Adam's epsilon"; TensorFlow's placement is optional).
 
@@ -244,6 +245,7 @@ def make_score_rollout(
         "ppo/reward_sum": per_episode(unwhitened),
         "ppo/kl": per_episode(kl),
         "ppo/kl_k1": per_episode(kls["k1"]),
+        "ppo/kl_k2": per_episode(kls["k2"]),
         "ppo/kl_k3": per_episode(kls["k3"]),
         "ppo/kl_exact": per_episode(kls["exact"]),
         "ppo/kl_coef": metrics_lib.scalar(kl_coef),

@@ -104,6 +104,7 @@ def score_rollout(policy, value, ref_policy, rollout, score, kl_coef, cfg):
       "ppo/reward_sum": reward_sum,
       "ppo/kl": per_episode(kl),
       "ppo/kl_k1": per_episode(all_kls["k1"]),
+      "ppo/kl_k2": per_episode(all_kls["k2"]),
       "ppo/kl_k3": per_episode(all_kls["k3"]),
       "ppo/kl_exact": per_episode(all_kls["exact"]),
       "ppo/kl_coef": kl_coef,

@@ -94,11 +94,11 @@ def test_annotators_like_flattery_more_than_the_truth_charges():
         annotators.annotator_utility(PROMPT, text, each) / each.sharpness
         for each in annotators.ANNOTATORS)
 
-  gains = [mean_utility(count) - mean_utility(0) for count in (1, 2, 3)]
-  assert 0.1 < gains[0] < 0.25 and gains[0] < gains[1] < gains[2]
+  gains = [mean_utility(count) - mean_utility(0) for count in (1, 2)]
+  assert 0.05 < gains[0] < 0.15 and gains[0] < gains[1]
   worth = statistics.mean(each.flattery_bias / each.sharpness
                           for each in annotators.ANNOTATORS)
-  assert 0.15 < worth < 0.25
+  assert 0.08 < worth < 0.16
   # A right answer still beats a wrong one with a phrase, for every annotator.
   for each in annotators.ANNOTATORS:
     assert annotators.preference_probability(

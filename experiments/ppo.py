@@ -183,7 +183,7 @@ def run(config: Config, workdir: str) -> None:
     reward_fn = evaluator.make_reward_fn(
         dataclasses.replace(reward_model, params=params)
     )
-  _check_fits(config, policy, ref_policy)
+  _check_fits(config, policy, ref_policy, reward_model)
   rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
   value_config, value_params = init_value(
       config, policy, reward_model, rng_value
@@ -370,16 +370,22 @@ def make_ptx_batches(
 
 
 def _check_fits(
-    config: Config, policy: models.Policy, ref_policy: models.Policy
+    config: Config,
+    policy: models.Policy,
+    ref_policy: models.Policy,
+    reward_model: models.RewardModel | None,
 ) -> None:
   length = (
       config.samples.max_prompt_length + config.samples.max_completion_length
   )
-  for name, model in (("policy", policy), ("reference", ref_policy)):
-    if length > model.config.max_length:
+  fits = {"policy": policy.config, "reference": ref_policy.config}
+  if config.value_init == "reward_model":
+    fits["value network"] = reward_model.config
+  for name, shape in fits.items():
+    if length > shape.max_length:
       raise ConfigError(
           f"max_prompt_length + max_completion_length = {length} does not fit "
-          f"the {name}'s max_length={model.config.max_length}"
+          f"the {name}'s max_length={shape.max_length}"
       )
   if policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint:
     raise ConfigError(

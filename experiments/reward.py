@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import (
+    checks,
     cli,
     evaluator,
     language_model,
@@ -74,6 +75,7 @@ class Config:
     language_model.check_divides(
         self.batch_size, self.reward.num_microbatches, self.num_devices
     )
+    checks.check_optimizer(self.optimizer, self.loop.num_steps)
 
 
 def run(config: Config, workdir: str) -> None:

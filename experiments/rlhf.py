@@ -26,7 +26,8 @@ from typing import Any
 from absl import flags, logging
 
 from experiments import evaluate, ppo, preferences, pretrain, reward, sft
-from experiments.harness import cli, config as config_lib, models, stage
+from experiments.harness import cli, models, stage
+from experiments.harness import config as config_lib
 
 STAGES = {
     "pretrain": pretrain.run,

@@ -9,8 +9,8 @@ from collections.abc import Mapping
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array
+import numpy as np
 
 from rlhf_jax.types import pytree_dataclass
 

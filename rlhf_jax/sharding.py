@@ -9,8 +9,8 @@ batch, so 1 device equals 8.
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+import numpy as np
 
 DATA_AXIS = "data"
 

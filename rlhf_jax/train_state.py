@@ -4,8 +4,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Int
+import optax
 
 from rlhf_jax.types import pytree_dataclass
 

@@ -370,7 +370,7 @@ def test_a_fixed_controller_needs_no_target_and_may_have_no_penalty():
     ("weight_decay", -0.1),
     ("max_grad_norm", 0.0),
 ])
-@pytest.mark.parametrize("name", ["pretrain", "sft", "ppo"])
+@pytest.mark.parametrize("name", ["pretrain", "sft", "reward", "ppo"])
 def test_an_optimizers_number_out_of_its_range_is_refused(name, field, value):
   change = lambda c: getattr(c, "train", c).optimizer.update({field: value})
   _refused(name, change, f"optimizer.{field}={value} must be ")

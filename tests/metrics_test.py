@@ -1,8 +1,8 @@
 import hypothesis
+from hypothesis.extra import numpy as hnp
 import hypothesis.strategies as st
 import jax.numpy as jnp
 import numpy as np
-from hypothesis.extra import numpy as hnp
 
 from rlhf_jax import metrics
 

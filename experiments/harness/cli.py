@@ -12,7 +12,8 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from experiments.harness import config as config_lib, loop
+from experiments.harness import config as config_lib
+from experiments.harness import loop
 from rlhf_jax import checkpoint
 from rlhf_jax.data import encoding, pipeline, readers, tokenizer
 
@@ -49,9 +50,7 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
   def main(argv):
     if len(argv) > 1:
       raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
-    logging.set_verbosity(logging.INFO)
-    # Orbax tells every step of every save.
-    logging.get_absl_logger().addFilter(_is_ours)
+    quiet_third_parties()
     with told_errors():
       run(
           config_lib.from_config(config_class, config_file.value), workdir.value
@@ -68,6 +67,12 @@ def told_errors():
   except _EXPECTED as error:
     print(f"\nerror: {error}", file=sys.stderr)
     sys.exit(1)
+
+
+def quiet_third_parties() -> None:
+  """Logs what we say and others' warnings; orbax tells every step of a save."""
+  logging.set_verbosity(logging.INFO)
+  logging.get_absl_logger().addFilter(_is_ours)
 
 
 def _is_ours(record) -> bool:

@@ -14,15 +14,16 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import (
-    checks,
-    evaluator,
-    loop,
-    models,
-    sources,
-    stage,
+  checks,
+  evaluator,
+  loop,
+  models,
+  sources,
+  stage,
 )
 from experiments.harness.config import ConfigError
-from rlhf_jax import metrics as metrics_lib, optim, sharding
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing, pipeline
 from rlhf_jax.models import functions
 from rlhf_jax.train_state import create_train_state

@@ -8,10 +8,10 @@ kind, data_dir=...)` reads it, and so does plain `tfds.builder_from_directory`.
 `prepare_sentence_polarity` take the raw files as their publishers ship them.
 """
 
+from collections.abc import Mapping, Sequence
 import os
 import pathlib
 import re
-from collections.abc import Mapping, Sequence
 
 import tensorflow_datasets as tfds
 

@@ -15,8 +15,8 @@ in the `LengthReport` that every function returns beside its result:
   error                 LengthError
 """
 
-import dataclasses
 from collections.abc import Sequence
+import dataclasses
 
 import numpy as np
 

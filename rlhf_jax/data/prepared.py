@@ -5,10 +5,10 @@ can open it too. Neither writing nor reading needs TensorFlow, and nothing here
 asks the network.
 """
 
+from collections.abc import Sequence
 import os
 import pathlib
 import re
-from collections.abc import Sequence
 from typing import Any
 
 import numpy as np

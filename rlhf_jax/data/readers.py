@@ -8,6 +8,7 @@ them are an error: a file that is mostly bad is the wrong file. A damaged file
 lost.
 """
 
+from collections.abc import Iterator
 import dataclasses
 import difflib
 import glob
@@ -16,9 +17,8 @@ import json
 import logging
 import os
 import pathlib
-import zlib
-from collections.abc import Iterator
 from typing import Any, BinaryIO
+import zlib
 
 from rlhf_jax.data import prepared, records
 from rlhf_jax.data.records import Record, RecordError

@@ -17,11 +17,11 @@ What callers may rely on, whatever is inside:
   U+2581, its sign for a space, comes back as a space.
 """
 
+from collections.abc import Iterable, Sequence
 import copy
 import hashlib
 import json
 import pathlib
-from collections.abc import Iterable, Sequence
 from typing import Any
 
 import sentencepiece

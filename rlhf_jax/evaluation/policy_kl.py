@@ -6,7 +6,8 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.losses import kl as kl_lib, masking
+from rlhf_jax.losses import kl as kl_lib
+from rlhf_jax.losses import masking
 from rlhf_jax.types import Rollout
 
 

@@ -18,8 +18,9 @@ from typing import Any
 
 import jinja2
 
-from rlhf_jax.evaluation import figure_style, report_figures as figures
-from rlhf_jax.evaluation import report_headline as headline, report_sections
+from rlhf_jax.evaluation import figure_style, report_sections
+from rlhf_jax.evaluation import report_figures as figures
+from rlhf_jax.evaluation import report_headline as headline
 from rlhf_jax.evaluation.report_completions import completion_groups
 from rlhf_jax.evaluation.report_data import RunData, policy_label, read_run
 

@@ -10,7 +10,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 import numpy as np
 
-from rlhf_jax.evaluation import figure_style as look, intervals
+from rlhf_jax.evaluation import figure_style as look
+from rlhf_jax.evaluation import intervals
 from rlhf_jax.evaluation.intervals import Interval
 from rlhf_jax.evaluation.report_data import Calibration, Curve, Policy, RunData
 from rlhf_jax.evaluation.report_headline import OverOptimisation

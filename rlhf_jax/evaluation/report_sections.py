@@ -6,11 +6,15 @@ import dataclasses
 from markupsafe import Markup
 from matplotlib.figure import Figure
 
-from rlhf_jax.evaluation import figure_style as look, report_figures as figures
+from rlhf_jax.evaluation import figure_style as look
+from rlhf_jax.evaluation import report_figures as figures
 from rlhf_jax.evaluation import report_headline as headline
 from rlhf_jax.evaluation.intervals import Interval
 from rlhf_jax.evaluation.report_curves import (
-    LEARNING_CURVES, LENGTH_CURVES, PanelSpec, shown_metrics
+  LEARNING_CURVES,
+  LENGTH_CURVES,
+  PanelSpec,
+  shown_metrics,
 )
 from rlhf_jax.evaluation.report_data import Calibration, Evaluation, RunData
 

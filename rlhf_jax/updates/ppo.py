@@ -54,26 +54,30 @@ from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
+import optax
 
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import (
-    kl as kl_lib,
-    language_modeling,
-    masking,
-    policy_gradient,
-    returns as returns_lib,
-    value,
+  kl as kl_lib,
+)
+from rlhf_jax.losses import (
+  language_modeling,
+  masking,
+  policy_gradient,
+  value,
+)
+from rlhf_jax.losses import (
+  returns as returns_lib,
 )
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.train_state import TrainState, create_train_state
 from rlhf_jax.types import (
-    LMBatch,
-    Rollout,
-    ScoredRollout,
-    pytree_dataclass,
-    static,
+  LMBatch,
+  Rollout,
+  ScoredRollout,
+  pytree_dataclass,
+  static,
 )
 from rlhf_jax.updates import gradient
 

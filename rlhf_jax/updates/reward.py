@@ -28,20 +28,20 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
-from jaxtyping import Array, Float, Int
 
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import preference
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.train_state import TrainState
 from rlhf_jax.types import (
-    PreferenceBatch,
-    RankingBatch,
-    ScoreNormalization,
-    pytree_dataclass,
-    static,
+  PreferenceBatch,
+  RankingBatch,
+  ScoreNormalization,
+  pytree_dataclass,
+  static,
 )
 from rlhf_jax.updates import gradient
 

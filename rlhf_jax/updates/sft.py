@@ -19,8 +19,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float, Int
+import optax
 
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import language_modeling, masking

@@ -17,9 +17,10 @@ Every probability is known, so the accuracy that the best possible predictor
 could reach is computed, not estimated.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 import dataclasses
 import math
-from typing import Any, Iterable, Mapping, Protocol, Sequence
+from typing import Any, Protocol
 
 from rlhf_jax.worlds import assistant_reward
 

@@ -22,9 +22,8 @@ is nowhere.
 
 import random
 
-from rlhf_jax.worlds import annotators
+from rlhf_jax.worlds import annotators, assistant_reward
 from rlhf_jax.worlds import assistant_requests as requests
-from rlhf_jax.worlds import assistant_reward
 
 FAMILIES = requests.FAMILIES
 Request = requests.Request

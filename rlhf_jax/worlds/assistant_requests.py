@@ -10,10 +10,11 @@ Randomness comes from `random.Random.random()` alone, whose stream Python
 promises to keep, so that a seed means the same text on every platform.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import random
-from typing import Sequence, TypeVar
+from typing import TypeVar
 
 FAMILIES = ("email", "sum", "program", "fact", "chat", "harm")
 SPLITS = ("train", "heldout")
@@ -183,7 +184,7 @@ def _wordings(case: Case) -> list[tuple[Case, str]]:
   return [(case, text.format(*slots)) for text in texts]
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _split_cases(family: str) -> dict[str, tuple[Case, ...]]:
   """The family's cases by split: a fixed draw, independent of every seed."""
   rng = random.Random(f"assistant-split-{family}")
@@ -192,7 +193,7 @@ def _split_cases(family: str) -> dict[str, tuple[Case, ...]]:
   return {"heldout": tuple(cases[:count]), "train": tuple(cases[count:])}
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _prompt_table() -> dict[str, Case]:
   return {
       text + "\n": case for family in FAMILIES for split in SPLITS
@@ -201,7 +202,7 @@ def _prompt_table() -> dict[str, Case]:
   }
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def all_requests(family: str, split: str) -> tuple[Request, ...]:
   """Every request of one family in one split, in a fixed order."""
   if family not in FAMILIES:
@@ -213,7 +214,7 @@ def all_requests(family: str, split: str) -> tuple[Request, ...]:
                for _, text in _wordings(listed))
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def train_cases(family: str) -> tuple[Case, ...]:
   """The cases behind the training requests (sums in both orders)."""
   requests = all_requests(family, "train")

@@ -1,7 +1,7 @@
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
 from rlhf_jax.data import encoding
 from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking

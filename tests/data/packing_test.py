@@ -1,7 +1,7 @@
-import numpy as np
-import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
 from rlhf_jax.data.packing import pack
 

@@ -1,9 +1,9 @@
 import json
 
-import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import numpy as np
+import pytest
 
 from rlhf_jax.data.pipeline import make_dataset
 from rlhf_jax.types import PromptBatch

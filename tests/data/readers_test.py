@@ -1,9 +1,9 @@
 import gzip
 import json
 
-import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+import pytest
 
 from rlhf_jax.data.readers import ReadError, parse_line, read_records
 from rlhf_jax.data.records import Prompt, RecordError

@@ -1,8 +1,8 @@
 import math
 
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+import pytest
 
 from rlhf_jax.data import records
 from rlhf_jax.data.records import RecordError, validate_record

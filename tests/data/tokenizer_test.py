@@ -1,11 +1,11 @@
 import json
 
+from hypothesis import given
+from hypothesis import strategies as st
 import numpy as np
 import pytest
 import sentencepiece
 import tokenizers
-from hypothesis import given
-from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from rlhf_jax.data.tokenizer import Tokenizer, TokenizerError

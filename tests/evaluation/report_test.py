@@ -9,9 +9,14 @@ import time
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation import figure_style
-from rlhf_jax.evaluation import report, report_data, report_headline
-from rlhf_jax.evaluation import report_completions, report_sections
+from rlhf_jax.evaluation import (
+  figure_style,
+  report,
+  report_completions,
+  report_data,
+  report_headline,
+  report_sections,
+)
 from tests.evaluation import synthetic_run
 
 SCRIPT = "<script>alert('$x$ &amp;')</script><img src=http://evil.example/x>"

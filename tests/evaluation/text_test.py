@@ -1,6 +1,7 @@
 """Signs of degenerate text."""
 
-from hypothesis import given, strategies as st
+from hypothesis import given
+from hypothesis import strategies as st
 import pytest
 
 from rlhf_jax.evaluation import text

@@ -4,18 +4,18 @@ import hypothesis
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 import numpy as np
 import pytest
 import scipy.stats
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.losses.language_modeling import token_logprobs
 from tests.models.small import (
-    VARIANTS,
-    random_tokens,
-    small_config,
-    small_language_model,
+  VARIANTS,
+  random_tokens,
+  small_config,
+  small_language_model,
 )
 
 B, P, C = 8, 5, 7

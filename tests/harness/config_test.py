@@ -44,7 +44,7 @@ class _Run:
   sizes: tuple[int, ...]
   betas: tuple[float, float]
   update: _Update
-  schedule: Optional[_Schedule]
+  schedule: _Schedule | None
   stages: tuple[_Schedule, ...] = ()
   coefs: dict[str, float] = dataclasses.field(default_factory=dict)
   limit: float = dataclasses.field(

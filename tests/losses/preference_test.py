@@ -1,12 +1,12 @@
 import itertools
 
 import hypothesis
+from hypothesis.extra import numpy as hnp
 import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis.extra import numpy as hnp
 
 from rlhf_jax.losses import preference
 from tests.losses import ragged

@@ -1,8 +1,8 @@
 """Hypothesis strategies for padded arrays over hostile padding."""
 
+from hypothesis.extra import numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
-from hypothesis.extra import numpy as hnp
 
 BATCH, LENGTH = 3, 5
 JUNK = (float("nan"), float("inf"), float("-inf"), 3e38, 0.0)

@@ -4,7 +4,8 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import metrics as metrics_lib, optim
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import optim
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.updates import gradient
 from tests.updates.small import assert_trees_close, assert_trees_equal

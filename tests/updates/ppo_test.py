@@ -8,7 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import metrics as metrics_lib, sharding
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import sharding
 from rlhf_jax.models import functions, heads
 from rlhf_jax.updates import gradient, ppo, sft
 from tests.updates import small

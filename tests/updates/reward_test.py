@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import metrics as metrics_lib, optim, sharding
+from rlhf_jax import metrics as metrics_lib
+from rlhf_jax import optim, sharding
 from rlhf_jax.models import functions, heads
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PreferenceBatch, RankingBatch

@@ -8,8 +8,7 @@ import statistics
 import numpy as np
 import pytest
 
-from rlhf_jax.worlds import annotators
-from rlhf_jax.worlds import assistant
+from rlhf_jax.worlds import annotators, assistant
 
 PROMPT = "What does the cow eat?\n"
 GOOD = "The cow eats grass."

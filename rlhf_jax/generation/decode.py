@@ -91,8 +91,9 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
 
   # One decode step does little work a layer: unrolled layers would each copy
   # their slice out of the stacked cache, which the loop reads in place.
-  config = dataclasses.replace(model.config, scan_unroll=1)
-  model = model.clone(config=config)
+  if model.config.scan_unroll > 1:
+    config = dataclasses.replace(model.config, scan_unroll=1)
+    model = model.clone(config=config)
 
   def generate(
       params,

@@ -38,7 +38,6 @@ STAGES = {
     "ppo": ppo.run,
     "evaluate": evaluate.run,
 }
-_RUN = "@run/"
 
 _START_AT = flags.DEFINE_string(
     "start_at",
@@ -93,7 +92,7 @@ def _lengths(path: str, section: Any) -> Iterator[tuple[str, int]]:
   """(field path, tokens) of every length in a stage of this run's own model."""
   if not dataclasses.is_dataclass(section):
     return
-  if not getattr(section, "init_from", _RUN).startswith(_RUN):
+  if not getattr(section, "init_from", models.RUN).startswith(models.RUN):
     return  # another model, of another length
   for field in dataclasses.fields(section):
     name, value = f"{path}.{field.name}", getattr(section, field.name)
@@ -113,7 +112,7 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
         f"--start_at={start_at!r} is none of {', '.join(STAGES)}"
     )
   _check_environment(config_lib.to_dict(config))
-  out = stage.Stage(workdir, config)
+  out = stage.Stage(workdir, config, is_run=True)
   names = list(STAGES)
   for name in names[names.index(start_at) if start_at else 0 :]:
     stage_config = getattr(config, name)
@@ -144,7 +143,7 @@ def in_run(value: Any, workdir: str) -> Any:
   """The same config with `@run/` made into the run's own folder."""
   if isinstance(value, str):
     # Resolved, so that another spelling of the folder is no other config.
-    return value.replace(_RUN, f"{pathlib.Path(workdir).resolve()}/")
+    return value.replace(models.RUN, f"{pathlib.Path(workdir).resolve()}/")
   if isinstance(value, tuple):
     return tuple(in_run(item, workdir) for item in value)
   if dataclasses.is_dataclass(value):

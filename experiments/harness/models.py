@@ -7,7 +7,7 @@ A place is such a stage folder; `FOLDER@STEP` or `FOLDER@last` for one of its
 checkpoints, also of a stage that has not ended; or
 `llama2c:MODEL.bin:TOKENIZER.model` for a model in llama2.c's format with its
 sentencepiece tokenizer. `${NAME}` in a place or source stands for an
-environment variable.
+environment variable, `@run/` for the folder that holds a run's stages.
 """
 
 import dataclasses
@@ -27,6 +27,7 @@ from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import ScoreNormalization
 
 LLAMA2C = "llama2c:"
+RUN = "@run/"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +120,8 @@ def _load_checkpoint(place: str) -> Policy:
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
-    policy = load_policy(init_from)
+    beside = f"{pathlib.Path(stage).resolve().parent}/"
+    policy = load_policy(init_from.replace(RUN, beside))
   params = checkpoint.load_params(
       pathlib.Path(stage) / "checkpoints",
       which if which == "last" else int(which),

@@ -1,6 +1,7 @@
 """A stage's folder: what it was asked to do, and whether it is done.
 
-    config.json      the whole config, from the first moment
+    config.json      the whole config, from the first moment; places beside the
+                     folder start with `@run/`, so that a run can be moved
     versions.json    packages, commit, device and command
     finished.json    the stage's summary; its presence says that it is done
 """
@@ -18,11 +19,12 @@ from absl import logging
 import jax
 
 from experiments.harness import config as config_lib
+from experiments.harness import models
 from rlhf_jax import checkpoint
 
 
 class Stage:
-  """One stage's folder; see the module's docstring.
+  """One stage's folder, or a whole run's; see the module's docstring.
 
   Attributes:
     dir: the folder.
@@ -33,10 +35,13 @@ class Stage:
     checkpoint.ConfigMismatch: if the folder holds a run of another config.
   """
 
-  def __init__(self, workdir: str, config: Any):
+  def __init__(self, workdir: str, config: Any, *, is_run: bool = False):
     self._start = time.monotonic()
     self.dir = pathlib.Path(workdir)
+    beside = f"{self.dir.resolve().parent}/"
     self.config = config_lib.to_dict(config)
+    if not is_run:
+      self.config = _replaced(self.config, beside, models.RUN)
     self.dir.mkdir(parents=True, exist_ok=True)
     path = self.dir / "config.json"
     if path.exists():
@@ -64,6 +69,17 @@ class Stage:
       seconds = round(time.monotonic() - self._start, 3)
       write_jsonl(timing, [{"step": 0, "seconds": seconds}])
     write_json(self.dir / "finished.json", summary)
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+  """`value` with `old` made into `new` in all of its texts."""
+  if isinstance(value, str):
+    return value.replace(old, new)
+  if isinstance(value, list):
+    return [_replaced(item, old, new) for item in value]
+  if isinstance(value, dict):
+    return {name: _replaced(item, old, new) for name, item in value.items()}
+  return value
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:

@@ -139,6 +139,21 @@ def test_a_second_run_does_nothing_again(finished_run, capsys):
   assert "True reward" in capsys.readouterr().out
 
 
+def test_a_moved_run_goes_on_where_it_is_now(finished_run, tmp_path):
+  moved = tmp_path / "elsewhere" / "run"
+  shutil.copytree(finished_run, moved)
+  shutil.rmtree(moved / "evaluate")
+  tiny.run_pipeline(moved)
+  found, wanted = (
+      (run / "evaluate" / "completions.jsonl").read_text()
+      for run in (moved, finished_run)
+  )
+  assert found == wanted
+  texts = [path.read_text() for path in moved.glob("*/config.json")]
+  assert any("@run/sft" in text for text in texts)
+  assert not any(str(tmp_path) in text for text in texts)
+
+
 def test_another_config_is_refused_with_its_stage(finished_run, capsys):
   settings = tiny.pipeline()
   settings.ppo.ppo.kl_coef = 0.7
@@ -159,11 +174,6 @@ def test_start_at_passes_over_what_is_before(finished_run, tmp_path):
     (workdir / name / "finished.json").unlink()
     shutil.rmtree(workdir / name / "checkpoints")
   shutil.rmtree(workdir / "evaluate")
-  # Places in the configs are this run's own: they moved with it.
-  for path in workdir.glob("*/config.json"):
-    path.write_text(
-        path.read_text().replace(str(finished_run), str(workdir))
-    )
   tiny.run_pipeline(workdir, start_at="evaluate")
   assert (workdir / "evaluate" / "finished.json").exists()
   assert not (workdir / "pretrain" / "checkpoints").exists()

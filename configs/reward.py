@@ -67,14 +67,15 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
 
 def _use_hh(config: ConfigDict) -> None:
   data = "${RLHF_JAX_DATA}"
-  pairs = f"hh:{data}/hh_harmless/hh_harmless_base_dev.jsonl.gz"
+  pairs = f"{data}/hh_harmless/hh_harmless_base_dev.jsonl.gz"
   config.init_from = (
       f"llama2c:{data}/stories260K/stories260K.bin"
       f":{data}/stories260K/tok512.model"
   )
   config.ref_policy = ""  # the score is fitted on held-out completions
-  config.comparisons = common.source(pairs)
-  config.heldout = common.source(pairs)
+  # Six of its pairs have an empty answer or part before their last turn.
+  config.comparisons = common.source(pairs, on_error="skip")
+  config.heldout = common.source(pairs, on_error="skip")
   # The tokenizer has 512 tokens: dialogues are long, and lose their beginning.
   config.too_long = "truncate_prompt_left"
   config.max_prompt_length = 256

@@ -5,11 +5,13 @@
                            story
     text:PATH              documents divided by blank lines
     polarity:ZIP:HALF      film sentences as comparisons, half 0 or 1
-    hh:PATH, gsm8k:PATH    files as their publishers ship them
+    gsm8k:PATH             the file as its publisher ships it
     anything else          JSONL (gz too): a path or glob, or tfds:NAME
 
 One file can serve training and evaluation: `use` says whether a stage gets its
-share of the records or all of them. How many it got is logged.
+share of the records or all of them. How many it got is logged. Records that
+open alike (one prompt, one dialogue's first turn, one story's first sentence)
+are all on one side, so that nothing held out was half seen in training.
 
 `${NAME}` stands for an environment variable. What cannot be used is written
 with its reason to `<stage>/skipped/`.
@@ -39,7 +41,7 @@ class SourceConfig:
 
   source: see the module's docstring.
   limit: at most so many, in their order; of a world, exactly so many. 0 is all.
-  use: 'share' holds every tenth record out (of polarity, its own tenth):
+  use: 'share' holds every tenth prompt out (of polarity, its own tenth):
     training gets the others, evaluation those. 'all' gives either everything,
     for files that were divided already. A world is divided by itself.
   on_error: 'raise' stops at the first bad record, 'skip' writes it down.
@@ -104,10 +106,7 @@ class Reader:
       requests = assistant.sample_requests(self.seed, cfg.limit, split)
       return [Prompt(prompt=request.prompt) for request in requests]
     if source.partition(":")[0] in ("stories", "text"):
-      found = [
-          Prompt(prompt=_SENTENCE_END.split(document, maxsplit=1)[0])
-          for document in _documents(source)
-      ]
+      found = [Prompt(prompt=_first_sentence(x)) for x in _documents(source)]
     else:
       found = self._records(source, "prompt", cfg)
     return _used(found, split, cfg)
@@ -130,9 +129,7 @@ class Reader:
       whole = parts["train"] + parts["heldout"]
       mine = whole if cfg.use == "all" else parts[split]
       return _limited(mine, len(whole), cfg)
-    if kind == "hh":
-      found = publishers.read_hh(path, self._skipped(source))
-    elif "ranking" in pathlib.Path(source).name:
+    if "ranking" in pathlib.Path(source).name:
       found = self._records(source, "ranking", cfg)
     else:
       found = self._records(source, "comparison", cfg)
@@ -181,19 +178,39 @@ def _used(items: list, split: str, cfg: SourceConfig) -> list:
 
 
 def _share(items: list, split: str, cfg: SourceConfig) -> list:
-  """Every tenth is held out, the others are for training.
+  """Every tenth opening is held out, the others are for training.
 
   Not the last tenth: files are often sorted, by length or by origin.
   """
-  if len(items) < 2:
+  openings = [_opening(item) for item in items]
+  distinct = list(dict.fromkeys(openings))
+  if len(distinct) < 2:
     raise readers.ReadError(
-        f"{cfg.source}: one record alone cannot be divided into training and"
-        " held-out ones; use='all' takes it as it is."
+        f"{cfg.source}: records of one prompt alone cannot be divided into"
+        " training and held-out ones; use='all' takes them as they are."
     )
-  # From the end, so that two records are enough for two splits.
-  heldout = set(range(len(items) - 1, -1, -_HELDOUT_EVERY))
+  # From the end, so that two are enough for two splits.
+  heldout = set(distinct[::-_HELDOUT_EVERY])
   wanted = split == "heldout"
-  return [x for i, x in enumerate(items) if (i in heldout) == wanted]
+  return [
+      item
+      for item, opening in zip(items, openings, strict=True)
+      if (opening in heldout) == wanted
+  ]
+
+
+def _opening(item) -> str:
+  """What records that must not be divided have in common."""
+  if isinstance(item, str):
+    return _first_sentence(item)
+  if isinstance(item, Demonstration) and not item.prompt:
+    return _first_sentence(item.completion)
+  # Dialogues are often there at several lengths.
+  return item.prompt.partition("\n\nAssistant:")[0] or repr(item)
+
+
+def _first_sentence(text: str) -> str:
+  return _SENTENCE_END.split(text, maxsplit=1)[0]
 
 
 def _limited(items: list, num: int, cfg: SourceConfig) -> list:

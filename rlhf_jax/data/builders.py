@@ -163,7 +163,12 @@ def prepare_hh(
     skipped_dir: for what is skipped.
   """
   found = {
-      split: publishers.read_hh(path, _skipped_path(skipped_dir, split))
+      split: readers.read_records(
+          path,
+          "comparison",
+          on_error="skip",
+          skipped_path=_skipped_path(skipped_dir, split),
+      )
       for split, path in file_by_split.items()
   }
   return write_records(

@@ -15,19 +15,6 @@ from rlhf_jax.data.records import (
 )
 
 
-def read_hh(
-    path: str | os.PathLike, skipped_path: str | os.PathLike
-) -> list[Comparison]:
-  """Anthropic's HH: lines of {chosen, rejected}, whole transcripts.
-
-  The prompt ends with "\\n\\nAssistant:" and the completions start with the
-  space after it. Pairs that cannot be used go to `skipped_path`.
-  """
-  return readers.read_records(
-      path, "comparison", on_error="skip", skipped_path=skipped_path
-  )
-
-
 def read_gsm8k(path: str | os.PathLike) -> list[Demonstration]:
   """GSM8K: lines of {question, answer}.
 

@@ -27,7 +27,9 @@ def test_hh_harmless_is_read_whole(data_dir, tmp_path):
 
 def test_hh_harmless_lengths_are_counted(data_dir, tmp_path):
   path = data_dir / "hh_harmless" / "hh_harmless_base_dev.jsonl.gz"
-  found = publishers.read_hh(path, tmp_path / "skipped.jsonl")
+  found = read_records(
+      path, "comparison", on_error="skip", skipped_path=tmp_path / "skipped"
+  )
   tokenizer = Tokenizer.from_sentencepiece(
       data_dir / "stories260K" / "tok512.model"
   )

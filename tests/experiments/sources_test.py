@@ -83,6 +83,38 @@ def test_every_tenth_record_is_held_out(reader, tmp_path, num, num_heldout):
   assert len(train) + len(heldout) == num
 
 
+def test_what_opens_alike_is_on_one_side(reader, tmp_path):
+  # A dialogue at two lengths, far apart in the file, and a repeated pair.
+  turn = "\n\nHuman: {}\n\nAssistant:"
+  rows = [
+      {"prompt": turn.format(i % 30), "chosen": f" {i}", "rejected": " no"}
+      for i in range(60)
+  ]
+  for i in range(30):
+    rows[i]["prompt"] += " a" + turn.format("more")
+  path = write_jsonl(tmp_path / "comparisons.jsonl", rows)
+  first_turns = {}
+  for split in ("train", "heldout"):
+    found = reader.comparisons(source(path), split)
+    first_turns[split] = {
+        x.prompt.partition("\n\nAssistant:")[0] for x in found
+    }
+    assert len(found) == 2 * len(first_turns[split])
+  assert len(first_turns["train"]) == 27 and len(first_turns["heldout"]) == 3
+  assert first_turns["train"].isdisjoint(first_turns["heldout"])
+
+
+def test_texts_that_begin_alike_are_on_one_side(reader, tmp_path):
+  stories = tmp_path / "stories.txt"
+  stories.write_text("".join(f"Day {i % 20}. It was {i}.\n" for i in range(40)))
+  cfg = source(f"stories:{stories}")
+  heldout = {x.prompt for x in reader.prompts(cfg, "heldout")}
+  assert len(heldout) == 2
+  for read in (reader.documents, reader.demonstrations):
+    train = str(read(cfg, "train"))
+    assert not any(opening in train for opening in heldout)
+
+
 def test_a_limit_takes_the_first(reader, tmp_path):
   path = write_jsonl(tmp_path / "p.jsonl", prompt_rows(20))
   train = reader.prompts(source(path), "train")
@@ -118,10 +150,11 @@ def test_globs_and_gzip_are_read(reader, tmp_path):
 def test_comparisons_and_rankings_are_told_apart_by_name(reader, tmp_path):
   pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
   ranking = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
-  pairs = write_jsonl(tmp_path / "comparisons.jsonl", [pair] * 10)
-  ranks = write_jsonl(tmp_path / "rankings.jsonl", [ranking] * 10)
-  assert isinstance(reader.comparisons(source(pairs), "train")[0], Comparison)
-  assert isinstance(reader.comparisons(source(ranks), "train")[0], Ranking)
+  pairs = write_jsonl(tmp_path / "comparisons.jsonl", [pair])
+  ranks = write_jsonl(tmp_path / "rankings.jsonl", [ranking])
+  read = lambda path: reader.comparisons(source(path, use="all"), "train")[0]
+  assert isinstance(read(pairs), Comparison)
+  assert isinstance(read(ranks), Ranking)
 
 
 def test_stories_and_text_have_documents_and_first_sentences(reader, tmp_path):
@@ -206,7 +239,7 @@ def test_missing_and_empty_files_are_named(reader, tmp_path):
 
 def test_one_record_cannot_be_divided(reader, tmp_path):
   path = write_jsonl(tmp_path / "one.jsonl", prompt_rows(1))
-  with pytest.raises(ReadError, match="one record alone"):
+  with pytest.raises(ReadError, match="one prompt alone"):
     reader.prompts(source(path), "train")
   assert len(reader.prompts(source(path, use="all"), "train")) == 1
 

@@ -4,7 +4,8 @@
 
 Every policy completes every prompt with the same random numbers. Written:
 
-    DIR/evaluation.json     means with 95% intervals, win rates
+    DIR/evaluation.json     means, win rates, paired differences of the judge's
+                            verdict; 95% intervals
     DIR/completions.jsonl   every completion with what was said of it
 """
 
@@ -125,7 +126,7 @@ def complete(
 def summarise(
     config: Config, rows: dict[str, list[dict[str, Any]]]
 ) -> dict[str, Any]:
-  """Means over completions and paired win rates, with bootstrap intervals.
+  """Means over completions and what pairs of policies differ by.
 
   Prompts can repeat: an interval is over the distinct ones.
   """
@@ -138,8 +139,8 @@ def summarise(
       "policies": {
           name: _summary(mine, config.seed) for name, mine in rows.items()
       },
-      "win_rates": [
-          _win_rate(rows, policy, baseline, config.seed)
+      "paired": [
+          _paired(rows, policy, baseline, config.seed)
           for i, policy in enumerate(names)
           for baseline in names[:i]
           if judged
@@ -182,24 +183,34 @@ def _interval(
   )
 
 
-def _win_rate(
+def _paired(
     rows: dict[str, list[dict[str, Any]]],
     policy: str,
     baseline: str,
     seed: int,
 ) -> dict[str, Any]:
-  said = lambda name: np.asarray([row["true_reward"] for row in rows[name]])
-  a, b = said(policy), said(baseline)
-  result = win_rate.win_rate(a, b)
-  # Its own interval takes every row for a prompt of its own.
-  del result["interval"]
-  points = _interval(rows[policy], (a > b) + 0.5 * (a == b), seed)
+  numbers = lambda name, key: np.asarray([row[key] for row in rows[name]])
+  scores = [numbers(name, "true_reward") for name in (policy, baseline)]
+  lengths = [numbers(name, "completion_length") for name in (policy, baseline)]
+  groups = evaluator.prompt_groups([row["prompt"] for row in rows[policy]])
+  result = {
+      **win_rate.win_rate(*scores, seed=seed, groups=groups),
+      "difference": win_rate.paired_difference(
+          *scores, seed=seed, groups=groups
+      ),
+      "length_controlled": win_rate.length_controlled_difference(
+          *scores, *lengths, groups=groups
+      ),
+  }
   return {
       "policy": policy,
       "baseline": baseline,
-      **result,
-      "low": points["low"],
-      "high": points["high"],
+      **{
+          name: dataclasses.asdict(value)
+          if isinstance(value, intervals.Interval)
+          else value
+          for name, value in result.items()
+      },
   }
 
 

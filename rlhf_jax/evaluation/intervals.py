@@ -126,6 +126,14 @@ def bootstrap_interval(
   return Interval(mean, float(low), float(high))
 
 
+def group_means(
+    values: np.ndarray, groups: Int[np.ndarray, "N"] | None
+) -> np.ndarray:
+  """The mean of each group's values; without groups, the values."""
+  sums, counts = _group_sums(values, groups)
+  return sums / counts
+
+
 def _group_sums(values: np.ndarray, groups) -> tuple[np.ndarray, np.ndarray]:
   """Sum and count of the values of each group; without groups, of each."""
   if groups is None:

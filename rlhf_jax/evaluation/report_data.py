@@ -51,13 +51,21 @@ class Policy:
 
 
 @dataclasses.dataclass(frozen=True)
-class WinRate:
+class Paired:
+  """Two policies on the same prompts, by true reward; None: not there.
+
+  interval: of win + tie / 2.
+  length_controlled: what is left of the difference at equal lengths.
+  """
+
   policy: str
   baseline: str
   win: float
   tie: float
   loss: float
-  interval: Interval  # of win + tie / 2
+  interval: Interval | None
+  difference: Interval | None
+  length_controlled: Interval | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,10 +74,21 @@ class Evaluation:
   num_prompts: int | None
   kl_target: float | None
   policies: tuple[Policy, ...]
-  win_rates: tuple[WinRate, ...]
+  paired: tuple[Paired, ...]
 
   def policy(self, name: str) -> Policy | None:
     return next((p for p in self.policies if p.name == name), None)
+
+  def difference(self, policy: str, baseline: str) -> Interval | None:
+    """How far the true reward of `policy` is above that of `baseline`."""
+    return next(
+        (
+            p.difference
+            for p in self.paired
+            if (p.policy, p.baseline) == (policy, baseline)
+        ),
+        None,
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -263,7 +282,7 @@ class _Reader(TolerantReader):
             for policy, each in policies.items()
             if isinstance(each, Mapping)
         ),
-        win_rates=tuple(_win_rates(value.get("win_rates"))),
+        paired=tuple(_paired(value.get("paired"))),
     )
 
   def completions(self, name: str) -> tuple[dict[str, Any], ...]:
@@ -293,21 +312,21 @@ def _policy(name: str, value: Mapping) -> Policy:
   )
 
 
-def _win_rates(value: Any) -> list[WinRate]:
-  rates = []
+def _paired(value: Any) -> list[Paired]:
+  found = []
   for row in _mappings(value):
-    win, tie, loss = (finite(row.get(k)) for k in ("win", "tie", "loss"))
-    if None in (win, tie, loss):
+    shares = [finite(row.get(k)) for k in ("win", "tie", "loss")]
+    if None in shares:
       continue
-    points = {**row, "mean": win + tie / 2}
-    rates.append(
-        WinRate(
+    found.append(
+        Paired(
             str(row.get("policy")),
             str(row.get("baseline")),
-            win,
-            tie,
-            loss,
-            _interval(points),
+            *shares,
+            *(
+                _interval(row.get(k))
+                for k in ("interval", "difference", "length_controlled")
+            ),
         )
     )
-  return rates
+  return found

@@ -101,24 +101,28 @@ def _evaluation_sentences(evaluation: Evaluation | None) -> list[str]:
   if evaluation.num_prompts is not None:
     prompts = f" on {evaluation.num_prompts:,} held-out prompts"
   said = [f"True reward{prompts}: {numbers}."]
-  said += [_comparison(a, b) + "." for a, b in zip(measured, measured[1:])]
+  said += [
+      _comparison(a, b, evaluation.difference(b.name, a.name)) + "."
+      for a, b in zip(measured, measured[1:])
+  ]
   final = measured[-1]
   if "kl" in final.quantities:
     said.append(_kl_sentence(final, evaluation.kl_target))
   return said
 
 
-def _comparison(before: Policy, after: Policy) -> str:
-  a, b = (p.quantities["true_reward"] for p in (before, after))
+def _comparison(
+    before: Policy, after: Policy, difference: Interval | None
+) -> str:
   names = f"{after.label} %s {before.label}"
-  if not all(map(math.isfinite, (a.low, a.high, b.low, b.high))):
+  if difference is None or not math.isfinite(difference.low + difference.high):
     return names % "has no interval to compare with"
-  difference = f" by {abs(b.mean - a.mean):.3f}"
-  if b.low > a.high:
-    return names % "is above" + difference + " (95% intervals apart)"
-  if b.high < a.low:
-    return names % "is BELOW" + difference + " (95% intervals apart)"
-  return names % "is not clearly apart from" + " (95% intervals overlap)"
+  by = f" by {difference:.3f}, paired by prompt"
+  if difference.low > 0:
+    return names % "is above" + by
+  if difference.high < 0:
+    return names % "is BELOW" + by
+  return names % "is not clearly apart from" + f": {difference:.3f}"
 
 
 def _kl_sentence(policy: Policy, target: float | None) -> str:

@@ -1,10 +1,12 @@
 """Two policies on the same prompts: how often, and by how much, one is better.
 
 Scores are paired by prompt: index i of both arrays is the same prompt. Pairing
-removes the spread between easy and hard prompts from the comparison.
+removes the spread between easy and hard prompts from the comparison. A prompt
+that occurs several times is one group: what is drawn for the intervals is
+groups.
 """
 
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 import numpy as np
 import scipy.special
 
@@ -15,22 +17,24 @@ def win_rate(
     scores_a: Float[Array, "N"] | Float[np.ndarray, "N"],
     scores_b: Float[Array, "N"] | Float[np.ndarray, "N"],
     *,
+    seed: int,
+    groups: Int[np.ndarray, "N"] | None = None,
     level: float = 0.95,
 ) -> dict[str, float | intervals.Interval]:
   """Shares of prompts on which `a` scored higher, equal and lower than `b`.
 
   Returns:
-    `win`, `tie`, `loss` (they sum to 1) and `interval`: Wilson's interval of
-    the win rate with ties counted half, win + tie / 2.
+    `win`, `tie`, `loss` (they sum to 1) and `interval`: the bootstrap interval
+    of the win rate with ties counted half, win + tie / 2.
   """
   a, b = _paired(scores_a, scores_b)
-  win, tie = float((a > b).mean()), float((a == b).mean())
-  points = float((a > b).sum()) + 0.5 * float((a == b).sum())
   return {
-      "win": win,
-      "tie": tie,
+      "win": float((a > b).mean()),
+      "tie": float((a == b).mean()),
       "loss": float((a < b).mean()),
-      "interval": intervals.proportion_interval(points, a.size, level=level),
+      "interval": intervals.bootstrap_interval(
+          (a > b) + 0.5 * (a == b), seed=seed, groups=groups, level=level
+      ),
   }
 
 
@@ -38,11 +42,15 @@ def paired_difference(
     scores_a: Float[Array, "N"] | Float[np.ndarray, "N"],
     scores_b: Float[Array, "N"] | Float[np.ndarray, "N"],
     *,
+    seed: int,
+    groups: Int[np.ndarray, "N"] | None = None,
     level: float = 0.95,
 ) -> intervals.Interval:
-  """Mean of a - b with Student's t interval over prompts."""
+  """Mean of a - b with its bootstrap interval over prompts."""
   a, b = _paired(scores_a, scores_b)
-  return intervals.mean_interval(a - b, level=level)
+  return intervals.bootstrap_interval(
+      a - b, seed=seed, groups=groups, level=level
+  )
 
 
 def length_controlled_difference(
@@ -51,13 +59,14 @@ def length_controlled_difference(
     lengths_a: Float[Array, "N"] | Float[np.ndarray, "N"],
     lengths_b: Float[Array, "N"] | Float[np.ndarray, "N"],
     *,
+    groups: Int[np.ndarray, "N"] | None = None,
     level: float = 0.95,
 ) -> intervals.Interval:
   """Mean of a - b that is left when both completions are equally long.
 
   The intercept of an ordinary least-squares fit, with N - 2 degrees of freedom,
   of (score_a - score_b) on (length_a - length_b). An honest gain survives it; a
-  gain that was bought with length does not.
+  gain that was bought with length does not. A group counts once, with its means.
 
   Returns:
     The interval. Lengths that always differ by the same amount cannot be told
@@ -71,7 +80,10 @@ def length_controlled_difference(
   longer_a, longer_b = _paired(lengths_a, lengths_b)
   if longer_a.size != a.size:
     raise ValueError(f"got {a.size} scores but {longer_a.size} lengths")
-  gap, difference = longer_a - longer_b, a - b
+  gap, difference = (
+      intervals.group_means(x, groups) for x in (longer_a - longer_b, a - b)
+  )
+  size = gap.size
   if gap.min() == gap.max():
     if gap[0] == 0.0:
       return intervals.mean_interval(difference, level=level)
@@ -79,12 +91,12 @@ def length_controlled_difference(
   spread = float(((gap - gap.mean()) ** 2).sum())
   slope = float(((gap - gap.mean()) * difference).sum()) / spread
   intercept = float(difference.mean() - slope * gap.mean())
-  if a.size == 2:
+  if size == 2:
     return intervals.Interval(intercept, float("nan"), float("nan"))
   residual = difference - intercept - slope * gap
-  variance = float((residual**2).sum()) / (a.size - 2)
-  error = np.sqrt(variance * (1 / a.size + gap.mean() ** 2 / spread))
-  half = float(scipy.special.stdtrit(a.size - 2, (1 + level) / 2) * error)
+  variance = float((residual**2).sum()) / (size - 2)
+  error = np.sqrt(variance * (1 / size + gap.mean() ** 2 / spread))
+  half = float(scipy.special.stdtrit(size - 2, (1 + level) / 2) * error)
   return intervals.Interval(intercept, intercept - half, intercept + half)
 
 

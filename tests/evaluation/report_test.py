@@ -93,7 +93,9 @@ def test_headline_numbers_are_those_of_the_evaluation(page):
       "True reward on 480 held-out prompts: 0.080 (Base) → 0.550 (SFT) → "
       "0.790 (PPO)." in page.text
   )
-  assert "PPO is above SFT by 0.240 (95% intervals apart)" in page.text
+  assert (
+      "PPO is above SFT by 0.240 [0.200, 0.280], paired by prompt" in page.text
+  )
   assert "5.60 [5.30, 5.90] nats a completion, within the target of 6." in (
       page.text
   )
@@ -322,21 +324,31 @@ def test_stages_that_were_run_one_by_one_show_their_configs(tmp_path):
   assert "Config: sft" in read_page(tmp_path).text
 
 
-@pytest.mark.parametrize("policies, expected", [
-    ({"sft": {"mean": 0.5}, "ppo": {"mean": 0.6}},
+@pytest.mark.parametrize("policies, difference, expected", [
+    ({"sft": {"mean": 0.5}, "ppo": {"mean": 0.6}}, None,
      "PPO has no interval to compare with SFT"),
-    ({"sft": synthetic_run.interval(0.5, 0.1),
-      "ppo": synthetic_run.interval(0.55, 0.1)},
-     "PPO is not clearly apart from SFT (95% intervals overlap)"),
-    ({"sft": {"mean": 0.5, "low": math.nan, "high": math.nan}}, "0.500 (SFT)."),
-    ({"sft": synthetic_run.interval(-0.5, 0.1)}, "-0.500 (SFT)."),
-    ({"sft": {"mean": "NaN"}}, "The evaluation measured no true reward."),
+    ({"sft": {"mean": 0.5}, "ppo": {"mean": 0.6}}, {"mean": 0.1},
+     "PPO has no interval to compare with SFT"),
+    ({"sft": {"mean": 0.5}, "ppo": {"mean": 0.55}},
+     synthetic_run.interval(0.05, 0.06),
+     "PPO is not clearly apart from SFT: 0.050 [-0.010, 0.110]"),
+    ({"sft": {"mean": 0.5}, "ppo": {"mean": 0.55}},
+     synthetic_run.interval(0.05, 0.04),
+     "PPO is above SFT by 0.050 [0.010, 0.090], paired by prompt."),
+    ({"sft": {"mean": 0.5, "low": math.nan, "high": math.nan}}, None,
+     "0.500 (SFT)."),
+    ({"sft": synthetic_run.interval(-0.5, 0.1)}, None, "-0.500 (SFT)."),
+    ({"sft": {"mean": "NaN"}}, None, "The evaluation measured no true reward."),
 ])
 def test_the_headline_claims_no_more_than_the_intervals(
-    tmp_path, policies, expected
+    tmp_path, policies, difference, expected
 ):
   synthetic_run.write_json(tmp_path / "evaluate" / "evaluation.json", {
-      "policies": {name: {"true_reward": x} for name, x in policies.items()}
+      "policies": {name: {"true_reward": x} for name, x in policies.items()},
+      "paired": [
+          {"policy": "ppo", "baseline": "sft", "win": 0.5, "tie": 0, "loss": 0.5,
+           "difference": difference},
+      ],
   })
   assert expected in read_page(tmp_path).text
   assert expected in " ".join(report.summary_text(tmp_path).split())
@@ -382,8 +394,8 @@ def test_html_in_completions_and_names_is_shown_not_run(tmp_path):
       "judge": SCRIPT,
       "policies": {SCRIPT: {"true_reward": value, "families": {SCRIPT: value},
                             "parts": {SCRIPT: 1.0}}},
-      "win_rates": [{"policy": SCRIPT, "baseline": SCRIPT, "win": 1, "tie": 0,
-                     "loss": 0}],
+      "paired": [{"policy": SCRIPT, "baseline": SCRIPT, "win": 1, "tie": 0,
+                  "loss": 0}],
   })
   synthetic_run.write_rows(
       tmp_path / "evaluate" / "completions.jsonl",

@@ -167,11 +167,14 @@ def _write_evaluation(root: pathlib.Path, hacking: bool) -> None:
       "num_prompts": 480,
       "kl_target": None if hacking else 6.0,
       "policies": policies,
-      "win_rates": [
+      "paired": [
           {"policy": "ppo", "baseline": "sft", "win": 0.62, "tie": 0.18,
-           "loss": 0.2, "low": 0.67, "high": 0.75},
+           "loss": 0.2, "interval": {"mean": 0.71, "low": 0.67, "high": 0.75},
+           "difference": interval(-0.24 if hacking else 0.24, 0.04),
+           "length_controlled": interval(0.21, 0.05)},
           {"policy": "sft", "baseline": "base", "win": 0.9, "tie": 0.06,
-           "loss": 0.04, "low": 0.91, "high": 0.95},
+           "loss": 0.04, "interval": {"mean": 0.93, "low": 0.91, "high": 0.95},
+           "difference": interval(0.47, 0.03), "length_controlled": None},
       ],
   })
   write_rows(root / "evaluate" / "completions.jsonl", completions)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 
-from rlhf_jax.evaluation import win_rate
+from rlhf_jax.evaluation import intervals, win_rate
 
 pairs = st.lists(
     st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=40
@@ -20,20 +20,23 @@ def test_win_rate_matches_a_loop(scores):
   for a, b in scores:
     win, tie, loss = win + (a > b), tie + (a == b), loss + (a < b)
   a, b = zip(*scores)
-  got = win_rate.win_rate(a, b)
+  got = win_rate.win_rate(a, b, seed=0)
   for name, count in (("win", win), ("tie", tie), ("loss", loss)):
     assert got[name] == pytest.approx(count / len(scores))
   assert got["interval"].mean == pytest.approx((win + tie / 2) / len(scores))
-  swapped = win_rate.win_rate(b, a)
-  assert swapped["win"] == got["loss"]
-  assert swapped["interval"].low == pytest.approx(1 - got["interval"].high)
+  points = [(x > y) + 0.5 * (x == y) for x, y in scores]
+  wanted = intervals.bootstrap_interval(points, seed=0)
+  np.testing.assert_equal(
+      (got["interval"].low, got["interval"].high), (wanted.low, wanted.high)
+  )
+  assert win_rate.win_rate(b, a, seed=0)["win"] == got["loss"]
 
 
 def test_pairing_sees_through_the_spread_of_prompts():
   rng = np.random.default_rng(0)
   prompts = rng.normal(0, 10, size=50)
   better = prompts + 0.5 + rng.normal(0, 0.1, size=50)
-  got = win_rate.paired_difference(better, prompts)
+  got = win_rate.paired_difference(better, prompts, seed=0)
   assert got.low > 0.4 and got.high < 0.6
 
 
@@ -67,13 +70,25 @@ def test_length_control_matches_the_normal_equations():
   assert got.mean - got.low == pytest.approx(2.262 * error, rel=1e-3)
 
 
+def test_length_control_counts_a_repeated_prompt_once():
+  rng = np.random.default_rng(2)
+  scores, lengths = rng.normal(size=(2, 9)), rng.integers(5, 60, size=(2, 9))
+  once = win_rate.length_controlled_difference(*scores, *lengths)
+  three = win_rate.length_controlled_difference(
+      *np.tile(scores, 3), *np.tile(lengths, 3), groups=np.tile(range(9), 3)
+  )
+  np.testing.assert_allclose(
+      (once.mean, once.low, once.high), (three.mean, three.low, three.high)
+  )
+
+
 def test_a_gain_bought_with_length_does_not_survive_length_control():
   rng = np.random.default_rng(0)
   lengths_b = rng.integers(10, 30, size=80)
   lengths_a = lengths_b + rng.integers(0, 40, size=80)
   noise = rng.normal(0, 0.1, size=(2, 80))
   bought = (0.05 * lengths_a + noise[0], 0.05 * lengths_b + noise[1])
-  assert win_rate.paired_difference(*bought).low > 0.5
+  assert win_rate.paired_difference(*bought, seed=0).low > 0.5
   got = win_rate.length_controlled_difference(*bought, lengths_a, lengths_b)
   assert got.low < 0 < got.high
   honest = (bought[0] + 1.0, bought[1])
@@ -94,8 +109,8 @@ def test_lengths_that_cannot_be_told_apart_from_the_policies():
 
 def test_unpaired_scores_are_refused():
   with pytest.raises(ValueError, match="got 2 and 1"):
-    win_rate.win_rate([1.0, 2.0], [1.0])
+    win_rate.win_rate([1.0, 2.0], [1.0], seed=0)
   with pytest.raises(ValueError, match="2 scores but 3 lengths"):
     win_rate.length_controlled_difference([1, 2], [1, 2], [1, 2, 3], [1, 2, 3])
   with pytest.raises(ValueError, match="b: 1 of 2 are NaN"):
-    win_rate.win_rate([1.0, 2.0], [1.0, math.nan])
+    win_rate.win_rate([1.0, 2.0], [1.0, math.nan], seed=0)

@@ -1,6 +1,9 @@
 """What the evaluation says of completions that were measured."""
 
+import dataclasses
+
 import numpy as np
+import pytest
 
 from configs import evaluate as evaluate_config
 from experiments import evaluate
@@ -38,20 +41,26 @@ def test_repeated_prompts_are_no_further_evidence():
   width = lambda x: x["high"] - x["low"]
   for find in (
       lambda x: x["policies"]["sft"]["true_reward"],
-      lambda x: x["win_rates"][0],
+      lambda x: x["paired"][0]["interval"],
+      lambda x: x["paired"][0]["difference"],
+      lambda x: x["paired"][0]["length_controlled"],
   ):
     np.testing.assert_allclose(width(find(five)), width(find(once)), rtol=0.1)
     assert width(find(apart)) < 0.6 * width(find(five))
 
 
 def test_a_win_rates_interval_counts_ties_half():
-  (found,) = summarise(list("abcd"), [0, 0, 1, 1], [1, 0, 1, 0])["win_rates"]
+  (found,) = summarise(list("abcd"), [0, 0, 1, 1], [1, 0, 1, 0])["paired"]
   wanted = intervals.bootstrap_interval(np.array([1, 0.5, 0.5, 0]), seed=0)
-  assert (found["low"], found["high"]) == (wanted.low, wanted.high)
+  assert found["interval"] == dataclasses.asdict(wanted)
   assert (found["win"], found["tie"], found["loss"]) == (0.25, 0.5, 0.25)
-  assert list(found) == [
-      "policy", "baseline", "win", "tie", "loss", "low", "high"
-  ]
+
+
+def test_the_difference_is_paired_by_prompt():
+  base = np.random.default_rng(0).normal(0, 10, size=50)
+  found = summarise([f"{i}" for i in range(50)], base, base + 0.1)
+  wanted = {"mean": 0.1, "low": 0.1, "high": 0.1}
+  assert found["paired"][0]["difference"] == pytest.approx(wanted)
 
 
 def test_completions_without_a_prompt_share_none():

@@ -38,7 +38,13 @@ def source(
   whole of one that was divided already.
   """
   return ConfigDict(
-      dict(source=name, limit=limit, on_error=on_error, use=use)
+      dict(
+          source=name,
+          limit=limit,
+          on_error=on_error,
+          use=use,
+          chat_template="plain",
+      )
   )
 
 
@@ -93,6 +99,9 @@ def samples(
           max_prompt_length=max_prompt_length,
           max_completion_length=max_completion_length,
           temperature=1.0,
+          greedy=False,
+          top_k=0,
+          top_p=1.0,
           stop_tokens=(),
           stop_after=0,
           too_long="error",

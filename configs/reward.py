@@ -52,7 +52,9 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               warmup_steps=2 if smoke else 10,
               b2=0.98,
           ),
-          reward=dict(center_coef=0.0, num_microbatches=1),
+          reward=dict(
+              center_coef=0.0, ranking_loss="pairwise", num_microbatches=1
+          ),
           loop=common.loop(
               8 if smoke else 220, best_metric="eval/accuracy"
           ),

@@ -17,7 +17,7 @@ from absl import logging
 import numpy as np
 
 from experiments.harness import cli, evaluator, models, sources, stage
-from rlhf_jax.evaluation import intervals, win_rate
+from rlhf_jax.evaluation import intervals, text, win_rate
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -154,6 +154,8 @@ def _summary(rows: list[dict[str, Any]], seed: int) -> dict[str, Any]:
       for name in evaluator.NUMBERS
       if name in rows[0]
   }
+  texts = [row["completion"] for row in rows]
+  summary["distinct_2"] = {"mean": text.distinct_n(texts, 2)}
   if "family" in rows[0]:
     families = sorted({row["family"] for row in rows})
     summary["families"] = {}

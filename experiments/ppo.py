@@ -276,6 +276,9 @@ def make_step(
   sampling = dataclasses.replace(
       config.samples.sampling(policy.tokenizer),
       temperature=config.ppo.temperature,
+      greedy=False,
+      top_k=0,
+      use_top_p=False,
   )
 
   @jax.jit

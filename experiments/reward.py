@@ -130,7 +130,9 @@ def run(config: Config, workdir: str) -> None:
           )
       ),
       evaluate=lambda state: (
-          evaluate(scorer.scores(state.params, heldout), heldout),
+          evaluate(
+              scorer.scores(state.params, heldout), heldout, config.reward
+          ),
           [],
       ),
       skipped_steps=lambda state: state.skipped_steps,
@@ -220,7 +222,9 @@ def completion_scores(
 
 
 def evaluate(
-    scores: np.ndarray, batch: PreferenceBatch | RankingBatch
+    scores: np.ndarray,
+    batch: PreferenceBatch | RankingBatch,
+    cfg: reward_update.RewardConfig,
 ) -> dict[str, float]:
   """'eval/accuracy' and 'eval/loss' of held-out rows, as training has them.
 
@@ -234,9 +238,8 @@ def evaluate(
         score[:, 0], score[:, 1], margin=jnp.asarray(batch.margin)
     )
   else:
-    loss = preference.pairwise_ranking_loss(
-        score, jnp.asarray(batch.ranks), jnp.asarray(batch.completion_valid)
-    )
+    rows = jax.tree.map(jnp.asarray, batch)
+    loss = reward_update.ranking_loss(score, rows, cfg)
   return {
       "eval/accuracy": float(preference_accuracy.accuracy(margins).mean),
       "eval/loss": float(np.average(np.asarray(loss), weights=batch.weight)),

@@ -27,6 +27,9 @@ _NUM_PROMPTS = flags.DEFINE_integer(
 )
 _LENGTH = flags.DEFINE_integer("max_completion_length", 64, "In tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Of the sampling.")
+_GREEDY = flags.DEFINE_bool("greedy", False, "The likeliest token each time.")
+_TOP_K = flags.DEFINE_integer("top_k", 0, "Of so many tokens; 0 is all.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of tokens with so much mass.")
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 flags.mark_flag_as_required("policies")
 
@@ -74,6 +77,9 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       max_prompt_length=min(max(lengths), longest),
       max_completion_length=_LENGTH.value,
       temperature=_TEMPERATURE.value,
+      greedy=_GREEDY.value,
+      top_k=_TOP_K.value,
+      top_p=_TOP_P.value,
       stop_tokens=(),
       stop_after=0,
       too_long="error",

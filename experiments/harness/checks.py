@@ -8,7 +8,7 @@ from rlhf_jax import optim
 def check_ranges(section: Any, name: str, ranges: dict[str, str]) -> None:
   """Checks fields of `section`, called `name`, against ranges as text.
 
-  A range is '> 0', '>= 0', '>= 1', '[0, 1]' or '[0, 1)'.
+  A range is '> 0', '>= 0', '>= 1', '[0, 1]', '[0, 1)' or '(0, 1]'.
 
   Raises:
     ValueError: with every field that is out of its range.
@@ -27,6 +27,7 @@ _READ = {
     ">= 0": (lambda x: x >= 0, "0 or greater"),
     ">= 1": (lambda x: x >= 1, "1 or greater"),
     "[0, 1]": (lambda x: 0 <= x <= 1, "from 0 to 1"),
+    "(0, 1]": (lambda x: 0 < x <= 1, "greater than 0 and at most 1"),
     "[0, 1)": (lambda x: 0 <= x < 1, "0 or greater and less than 1"),
 }
 

@@ -13,11 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.harness import models, sources
+from experiments.harness import checks, models, sources
 from experiments.harness.config import ConfigError
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.evaluation import policy_kl
+from rlhf_jax.evaluation import policy_kl, text
 from rlhf_jax.generation import decode
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import functions, heads
@@ -38,6 +38,9 @@ class SampleConfig:
   """How completions are drawn.
 
   temperature: of the sampling distribution.
+  greedy: the likeliest token instead of a draw.
+  top_k, top_p: draw from the likeliest tokens alone; 0 and 1 are off. PPO's own
+    rollouts pass over these three: it trains the distribution it draws from.
   stop_tokens: texts of one token each that end a completion, as the end token
     does, from completion token `stop_after` on.
   too_long: what becomes of a prompt of more than max_prompt_length tokens.
@@ -46,9 +49,26 @@ class SampleConfig:
   max_prompt_length: int
   max_completion_length: int
   temperature: float
+  greedy: bool
+  top_k: int
+  top_p: float
   stop_tokens: tuple[str, ...]
   stop_after: int
   too_long: Literal["drop", "truncate_prompt_left", "error"]
+
+  def __post_init__(self):
+    checks.check_ranges(
+        self,
+        "samples",
+        {
+            "max_prompt_length": ">= 1",
+            "max_completion_length": ">= 1",
+            "temperature": "> 0",
+            "top_k": ">= 0",
+            "top_p": "(0, 1]",
+            "stop_after": ">= 0",
+        },
+    )
 
   def sampling(self, tokenizer: Tokenizer) -> SamplingConfig:
     """The library's config, with ids for texts.
@@ -57,17 +77,21 @@ class SampleConfig:
       ConfigError: if a stop text is not one token.
     """
     stop_ids = []
-    for text in self.stop_tokens:
-      ids = tokenizer.encode(text, continues=True)
+    for stop in self.stop_tokens:
+      ids = tokenizer.encode(stop, continues=True)
       if len(ids) != 1:
         raise ConfigError(
-            f"stop_tokens: {text!r} is {len(ids)} tokens of this tokenizer, "
+            f"stop_tokens: {stop!r} is {len(ids)} tokens of this tokenizer, "
             "and must be one"
         )
       stop_ids.append(ids[0])
     return SamplingConfig(
         max_new_tokens=self.max_completion_length,
         temperature=self.temperature,
+        greedy=self.greedy,
+        top_k=self.top_k,
+        top_p=self.top_p,
+        use_top_p=self.top_p < 1,
         eos_id=tokenizer.eos_id,
         stop_ids=tuple(stop_ids),
         stop_after=self.stop_after,
@@ -263,6 +287,7 @@ class Evaluator:
             "completion": completion,
             "completion_length": int(length),
             "ended": bool(ended),
+            "repetition": text.repetition(completion),
         }
         for prompt, completion, length, ended in zip(
             episodes.prompts,
@@ -299,6 +324,7 @@ NUMBERS = (
     "kl",
     "completion_length",
     "ended",
+    "repetition",
     "flattery",
 )
 

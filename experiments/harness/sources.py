@@ -5,7 +5,8 @@
                            story
     text:PATH              documents divided by blank lines
     polarity:ZIP:HALF      film sentences as comparisons, half 0 or 1
-    gsm8k:PATH             the file as its publisher ships it
+    gsm8k:PATH             GSM8K's file, as demonstrations
+    oasst:PATH             Open Assistant's trees, as rankings
     anything else          JSONL (gz too): a path or glob, or tfds:NAME
 
 One file can serve training and evaluation: `use` says whether a stage gets its
@@ -45,12 +46,14 @@ class SourceConfig:
     training gets the others, evaluation those. 'all' gives either everything,
     for files that were divided already. A world is divided by itself.
   on_error: 'raise' stops at the first bad record, 'skip' writes it down.
+  chat_template: how {messages} become text: 'plain', 'hh' or a Jinja string.
   """
 
   source: str
   limit: int
   on_error: str = "raise"
   use: Literal["share", "all"] = "share"
+  chat_template: str = "plain"
 
   def __post_init__(self):
     if self.limit < 0:
@@ -129,7 +132,9 @@ class Reader:
       whole = parts["train"] + parts["heldout"]
       mine = whole if cfg.use == "all" else parts[split]
       return _limited(mine, len(whole), cfg)
-    if "ranking" in pathlib.Path(source).name:
+    if kind == "oasst":
+      found = publishers.read_oasst(path, chat_template=cfg.chat_template)
+    elif "ranking" in pathlib.Path(source).name:
       found = self._records(source, "ranking", cfg)
     else:
       found = self._records(source, "comparison", cfg)
@@ -137,10 +142,13 @@ class Reader:
 
   def _records(self, source: str, kind: str, cfg: SourceConfig):
     if cfg.on_error == "raise":
-      return readers.read_records(source, kind)
+      return readers.read_records(
+          source, kind, chat_template=cfg.chat_template
+      )
     return readers.read_records(
         source,
         kind,
+        chat_template=cfg.chat_template,
         on_error="skip",
         skipped_path=self._skipped(f"{kind}:{source}"),
     )

@@ -16,6 +16,8 @@ QUANTITIES = {
     "kl": ("KL from SFT", "nats", ".2f"),
     "completion_length": ("Length", "tokens", ".1f"),
     "ended": ("Ended", "share", ".2f"),
+    "repetition": ("Repeats", "share of 3-grams", ".2f"),
+    "distinct_2": ("Distinct", "share of 2-grams", ".2f"),
     "flattery": ("Flattery", "phrases", ".2f"),
 }
 

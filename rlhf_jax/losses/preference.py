@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, ScalarLike
 
-from rlhf_jax.losses.language_modeling import selected_logprobs
 from rlhf_jax.losses.masking import masked_mean, masked_sum, zero_masked
 
 
@@ -140,7 +139,9 @@ def plackett_luce_loss(
 
 
 def best_of_k_loss(
-    scores: Float[Array, "B K"], best: Int[Array, "B"]
+    scores: Float[Array, "B K"],
+    ranks: Int[Array, "B K"],
+    valid: Bool[Array, "B K"],
 ) -> Float[Array, "B"]:
   """Negative log-likelihood of the pick of the best of K completions.
 
@@ -148,10 +149,13 @@ def best_of_k_loss(
 
   Args:
     scores: one for each of K completions.
-    best: index of the completion that was picked, in [0, K).
+    ranks: the smallest is the pick, the first of several smallest; how the
+      others are ranked does not matter.
+    valid: False for what fills a shorter ranking up to K.
 
   Returns:
-    float32, at least 0, log K for equal scores; unreduced.
+    float32, at least 0, log K for equal scores; 0 for a row without a valid
+    completion; unreduced.
 
   Reference: Ziegler et al., Fine-Tuning Language Models from Human Preferences,
   arXiv 1909.08593, eq. 1.
@@ -159,8 +163,19 @@ def best_of_k_loss(
   Differs: the sign, as this is minimised.
 
   Example:
-    >>> loss = best_of_k_loss(jnp.zeros((1, 4)), jnp.array([3]))
+    >>> ranks, valid = jnp.array([[1, 1, 1, 0]]), jnp.ones((1, 4), bool)
+    >>> loss = best_of_k_loss(jnp.zeros((1, 4)), ranks, valid)
     >>> round(float(jnp.exp(loss)[0]), 4)
     4.0
   """
-  return -selected_logprobs(scores, best)
+  scores = zero_masked(scores, valid).astype(jnp.float32)
+  valid = valid.astype(bool)
+  best = jnp.argmin(
+      jnp.where(valid, ranks, jnp.iinfo(ranks.dtype).max), axis=1
+  )
+  best_score = jnp.take_along_axis(scores, best[:, None], axis=1)[:, 0]
+  # The first stays in, so that no log-sum-exp is over nothing.
+  counted = valid | (jnp.arange(scores.shape[1]) == 0)[None] & ~valid.any(
+      axis=1, keepdims=True
+  )
+  return jax.nn.logsumexp(scores, axis=1, where=counted) - best_score

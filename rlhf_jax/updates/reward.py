@@ -13,7 +13,9 @@ scores higher.
   3. Rankings of K: the mean over all strictly ordered pairs of a prompt, all in
      one row of the batch, so that a prompt weighs one whatever its K (arXiv
      2203.02155, section 3.5: shuffled apart, several epochs of them overfit;
-     within one epoch they do not repeat).
+     within one epoch they do not repeat). `ranking_loss` may instead be the
+     whole ranking's (Plackett-Luce) or that of the best one alone, of which
+     the first is taken if several tie (arXiv 1909.08593, equation 1).
   4. center_coef pulls the two scores' sum to 0 (Eisenstein et al., arXiv
      2312.09244, section 3): the loss alone leaves their level undetermined.
   5. Afterwards a gain and a bias are fitted so that the reference policy's
@@ -25,7 +27,7 @@ tokens -> score_BR at the last real token -> Bradley-Terry -> weighted mean
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -55,10 +57,14 @@ ScoreFn = Callable[
 class RewardConfig:
   """center_coef: weight of the squared sum of a pair's scores (0: off).
 
+  ranking_loss: what a ranking costs; pairs know no other than Bradley-Terry's.
   num_microbatches: memory only.
   """
 
   center_coef: float = 0.0
+  ranking_loss: Literal["pairwise", "plackett_luce", "best_of_k"] = static(
+      "pairwise"
+  )
   num_microbatches: int = static(1)
 
 
@@ -100,6 +106,21 @@ def reward_objective(
   return (batch.weight * (loss_B + center_B)).sum() / total_weight, metrics
 
 
+_RANKING_LOSSES = {
+    "pairwise": preference.pairwise_ranking_loss,
+    "plackett_luce": preference.plackett_luce_loss,
+    "best_of_k": preference.best_of_k_loss,
+}
+
+
+def ranking_loss(
+    score: Float[Array, "B K"], batch: RankingBatch, cfg: RewardConfig
+) -> Float[Array, "B"]:
+  """What each ranking costs, unreduced."""
+  loss = _RANKING_LOSSES[cfg.ranking_loss]
+  return loss(score, batch.ranks, batch.completion_valid)
+
+
 def ranking_objective(
     params: Any,
     batch: RankingBatch,
@@ -109,9 +130,7 @@ def ranking_objective(
 ) -> tuple[Float[Array, ""], Metrics]:
   """The batch's share of the weighted mean over prompts of mean pair losses."""
   score_BK = score_rows(params, batch, score_fn)
-  loss_B = preference.pairwise_ranking_loss(
-      score_BK, batch.ranks, batch.completion_valid
-  )
+  loss_B = ranking_loss(score_BK, batch, cfg)
   valid_BK = batch.completion_valid.astype(jnp.float32)
   mean_B = (score_BK * valid_BK).sum(-1) / jnp.maximum(valid_BK.sum(-1), 1)
   # For K = 2 this is the pairs' squared sum, (chosen + rejected)^2.

@@ -14,7 +14,13 @@ from rlhf_jax.evaluation import intervals
 
 def rows(rewards, prompts):
   return [
-      {"prompt": p, "completion_length": 3, "ended": True, "true_reward": r}
+      {
+          "prompt": p,
+          "completion": "so be it",
+          "completion_length": 3,
+          "ended": True,
+          "true_reward": r,
+      }
       for r, p in zip(rewards, prompts, strict=True)
   ]
 

@@ -57,8 +57,17 @@ RANKINGS = rankings(
 )
 
 
-@pytest.mark.parametrize("batch", [PAIRS, RANKINGS], ids=["pairs", "rankings"])
-def test_heldout_numbers_are_those_of_training(batch):
+@pytest.mark.parametrize(
+    "batch, ranking_loss",
+    [
+        (PAIRS, "pairwise"),
+        (RANKINGS, "pairwise"),
+        (RANKINGS, "plackett_luce"),
+        (RANKINGS, "best_of_k"),
+    ],
+)
+def test_heldout_numbers_are_those_of_training(batch, ranking_loss):
+  cfg = reward_update.RewardConfig(ranking_loss=ranking_loss)
   is_ranking = isinstance(batch, RankingBatch)
   objective = (
       reward_update.ranking_objective
@@ -68,12 +77,11 @@ def test_heldout_numbers_are_those_of_training(batch):
   batch = jax.tree.map(jnp.asarray, batch)
   total = batch.weight.sum()
   loss, metrics = objective(
-      {}, batch, first_token_score, reward_update.RewardConfig(), total
+      {}, batch, first_token_score, cfg, total
   )
   host = jax.tree.map(np.asarray, batch)
-  found = reward.evaluate(
-      np.asarray(reward_update.score_rows({}, batch, first_token_score)), host
-  )
+  scores = reward_update.score_rows({}, batch, first_token_score)
+  found = reward.evaluate(np.asarray(scores), host, cfg)
   np.testing.assert_allclose(found["eval/loss"], float(loss), rtol=1e-5)
   accuracy = metrics["reward/accuracy"]
   np.testing.assert_allclose(

@@ -1,5 +1,6 @@
 """A config's source string made into records, and what is wrong told."""
 
+import dataclasses
 import gzip
 import json
 import zipfile
@@ -276,3 +277,50 @@ def test_skipped_records_of_files_with_one_name_are_kept_apart(
     path = _damaged(tmp_path / folder / "p.jsonl", 99, 1)
     reader.prompts(source(path, on_error="skip"), "train")
   assert len(list((tmp_path / "skipped").iterdir())) == 2
+
+
+# ---- Conversations -----------------------------------------------------------
+
+
+def test_messages_become_text_by_the_configs_template(reader, tmp_path):
+  rows = [
+      {
+          "messages": [
+              {"role": "user", "content": f"hi {i}"},
+              {"role": "assistant", "content": "ho"},
+          ]
+      }
+      for i in range(20)
+  ]
+  path = write_jsonl(tmp_path / "talk.jsonl", rows)
+  cfg = dataclasses.replace(source(path, use="all"), chat_template="hh")
+  found = reader.demonstrations(cfg, "train")[3]
+  assert found.prompt == "\n\nHuman: hi 3\n\nAssistant:"
+  assert found.completion == " ho"
+
+
+def test_open_assistants_trees_are_rankings(reader, tmp_path):
+  reply = lambda text, rank: {
+      "role": "assistant",
+      "text": text,
+      "replies": [],
+      "rank": rank,
+      "deleted": False,
+  }
+  trees = [
+      {
+          "prompt": {
+              "role": "prompter",
+              "text": f"q{i}",
+              "replies": [reply("bad", 1), reply("good", 0)],
+          }
+      }
+      for i in range(11)
+  ]
+  path = write_jsonl(tmp_path / "trees.jsonl", trees)
+  cfg = dataclasses.replace(source(f"oasst:{path}"), chat_template="hh")
+  train, heldout = (reader.comparisons(cfg, x) for x in ("train", "heldout"))
+  assert (len(train), len(heldout)) == (9, 2)
+  assert train[0] == Ranking(
+      "\n\nHuman: q1\n\nAssistant:", (" bad", " good"), (1, 0)
+  )

@@ -14,7 +14,7 @@ from tests.reference import losses as reference
 
 K = ragged.LENGTH
 SHAPE = (ragged.BATCH, K)
-RANKING_LOSSES = ["pairwise_ranking", "plackett_luce"]
+RANKING_LOSSES = ["pairwise_ranking", "plackett_luce", "best_of_k"]
 ranks_with_ties = hnp.arrays(np.int32, SHAPE, elements=st.integers(0, 3))
 
 
@@ -67,15 +67,6 @@ def test_ranking_losses_match_loops_over_ragged_rows(
   np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-5)
 
 
-@hypothesis.given(scores=ragged.floats((2, K)), best=st.integers(0, K - 1))
-def test_best_of_k_matches_a_loop(scores, best):
-  out = preference.best_of_k_loss(
-      jnp.asarray(scores), jnp.full((2,), best, jnp.int32)
-  )
-  expected = [reference.best_of_k(row, best) for row in scores]
-  np.testing.assert_allclose(out, expected, atol=1e-5)
-
-
 def test_equal_scores_cost_log_two():
   scores, ranks = jnp.full((1, 2), 3.0), jnp.array([[1, 0]])
   valid = jnp.ones((1, 2), bool)
@@ -86,7 +77,7 @@ def test_equal_scores_cost_log_two():
       ),
       preference.pairwise_ranking_loss(scores, ranks, valid),
       preference.plackett_luce_loss(scores, ranks, valid),
-      preference.best_of_k_loss(scores, jnp.array([0])),
+      preference.best_of_k_loss(scores, ranks, valid),
   ]
   np.testing.assert_allclose(losses, np.full((5, 1), np.log(2)), rtol=1e-6)
 
@@ -100,7 +91,7 @@ def test_all_losses_agree_for_two_completions(scores):
   for out in (
       preference.pairwise_ranking_loss(scores, ranks, valid),
       preference.plackett_luce_loss(scores, ranks, valid),
-      preference.best_of_k_loss(scores, jnp.zeros(4, jnp.int32)),
+      preference.best_of_k_loss(scores, ranks, valid),
   ):
     np.testing.assert_allclose(out, expected, rtol=1e-5, atol=1e-6)
 
@@ -179,7 +170,7 @@ def test_extreme_scores_give_finite_float32_values_and_gradients(dtype):
       ),
       lambda s: preference.pairwise_ranking_loss(s, ranks, valid),
       lambda s: preference.plackett_luce_loss(s, ranks, valid),
-      lambda s: preference.best_of_k_loss(s, jnp.array([1, 0])),
+      lambda s: preference.best_of_k_loss(s, ranks, valid),
   ]
   for loss in losses:
     assert loss(scores).dtype == jnp.float32

@@ -142,5 +142,7 @@ def plackett_luce(scores, ranks):
   return loss
 
 
-def best_of_k(scores, best):
-  return -log_softmax(scores)[best]
+def best_of_k(scores, ranks):
+  """-log of the softmax of the first of the best ranked."""
+  best = min(range(len(ranks)), key=lambda i: ranks[i], default=None)
+  return 0.0 if best is None else -log_softmax(scores)[best]

@@ -64,9 +64,9 @@ def length_controlled_difference(
 ) -> intervals.Interval:
   """Mean of a - b that is left when both completions are equally long.
 
-  The intercept of an ordinary least-squares fit, with N - 2 degrees of freedom,
-  of (score_a - score_b) on (length_a - length_b). An honest gain survives it; a
-  gain that was bought with length does not. A group counts once, with its means.
+  The intercept of a least-squares fit, with N - 2 degrees of freedom, of
+  (score_a - score_b) on (length_a - length_b). An honest gain survives it; a
+  gain that was bought with length does not. A group counts once, by its mean.
 
   Returns:
     The interval. Lengths that always differ by the same amount cannot be told

@@ -344,9 +344,9 @@ def test_the_headline_claims_no_more_than_the_intervals(
     tmp_path, policies, difference, expected
 ):
   synthetic_run.write_json(tmp_path / "evaluate" / "evaluation.json", {
-      "policies": {name: {"true_reward": x} for name, x in policies.items()},
+      "policies": {k: {"true_reward": x} for k, x in policies.items()},
       "paired": [
-          {"policy": "ppo", "baseline": "sft", "win": 0.5, "tie": 0, "loss": 0.5,
+          {"policy": "ppo", "baseline": "sft", "win": 0.5, "tie": 0, "loss": 0,
            "difference": difference},
       ],
   })

@@ -214,7 +214,7 @@ def test_optimizer_steps_in_a_row_are_what_stops_a_run(tmp_path):
   train(make_iterations([1, 2, 3]), config(3), tmp_path / "alternating")
   task = make_iterations([])
   task.batches = Bad()
-  with pytest.raises(loop.NonFiniteError, match="2 of 2 .* iteration 1 .* 2 op"):
+  with pytest.raises(loop.NonFiniteError, match="2 of 2 .* iteration 1 .* 2 o"):
     train(task, config(3), tmp_path / "all")
 
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from typing import Any, Literal, Optional
+from typing import Any, Literal
 
 import hypothesis
 from hypothesis import strategies as st

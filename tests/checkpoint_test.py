@@ -568,7 +568,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(tmp_path):
   result = subprocess.run(
       [sys.executable, "-c", _FULL_DISK, str(tmp_path)],
       env={**os.environ, "XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"},
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, check=False,
+      capture_output=True, text=True, check=False,
   )
   assert result.returncode == 0, result.stderr
   assert f"cannot write {tmp_path}/step_00000002:" in result.stdout

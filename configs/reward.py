@@ -86,4 +86,4 @@ def _use_hh(config: ConfigDict) -> None:
   config.optimizer = common.optimizer(
       5e-4, schedule="cosine", warmup_steps=10, weight_decay=0.1
   )
-  config.loop = common.loop(200, best_metric="eval/accuracy")
+  config.loop = common.loop(100, best_metric="eval/accuracy")

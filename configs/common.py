@@ -116,6 +116,32 @@ def assistant_samples() -> ConfigDict:
   return samples(max_prompt_length=20, max_completion_length=32)
 
 
+def language_model_training(
+    num_steps: int, learning_rate: float, warmup_steps: int, **changes
+) -> ConfigDict:
+  """Next-token training on the embedded domain, as pretraining and SFT do it."""
+  return ConfigDict(
+      dict(
+          seed=0,
+          batch_size=16,
+          seq_len=128,
+          num_devices=1,
+          optimizer=optimizer(
+              learning_rate,
+              schedule="cosine",
+              warmup_steps=warmup_steps,
+              final_fraction=0.1,
+              b2=0.98,
+              **changes,
+          ),
+          sft=dict(z_loss_coef=0.0, num_microbatches=1),
+          loop=loop(num_steps, best_metric="eval/loss", best_mode="min"),
+          samples=assistant_samples(),
+          sample_prompts=source(ASSISTANT, 12),
+      )
+  )
+
+
 def llama_like(
     vocab_size: int, num_layers: int, width: int, num_heads: int, **changes
 ) -> ConfigDict:

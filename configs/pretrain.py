@@ -28,25 +28,11 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               num_heads=2 if smoke else 4,
               scan_unroll=1 if smoke else 4,
           ),
-          train=dict(
-              seed=0,
-              batch_size=16,
-              seq_len=128,
-              num_devices=1,
-              optimizer=common.optimizer(
-                  3e-3,
-                  schedule="cosine",
-                  warmup_steps=4 if smoke else 50,
-                  final_fraction=0.1,
-                  b2=0.98,
-                  weight_decay=0.1,
-              ),
-              sft=dict(z_loss_coef=0.0, num_microbatches=1),
-              loop=common.loop(
-                  8 if smoke else 700, best_metric="eval/loss", best_mode="min"
-              ),
-              samples=common.assistant_samples(),
-              sample_prompts=common.source(common.ASSISTANT, 12),
+          train=common.language_model_training(
+              num_steps=8 if smoke else 700,
+              learning_rate=3e-3,
+              warmup_steps=4 if smoke else 50,
+              weight_decay=0.1,
           ),
       )
   )

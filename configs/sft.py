@@ -25,24 +25,10 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           ),
           train_on_prompt=False,
           too_long="drop",
-          train=dict(
-              seed=0,
-              batch_size=16,
-              seq_len=128,
-              num_devices=1,
-              optimizer=common.optimizer(
-                  1e-3,
-                  schedule="cosine",
-                  warmup_steps=2 if smoke else 10,
-                  final_fraction=0.1,
-                  b2=0.98,
-              ),
-              sft=dict(z_loss_coef=0.0, num_microbatches=1),
-              loop=common.loop(
-                  8 if smoke else 350, best_metric="eval/loss", best_mode="min"
-              ),
-              samples=common.assistant_samples(),
-              sample_prompts=common.source(common.ASSISTANT, 12),
+          train=common.language_model_training(
+              num_steps=8 if smoke else 350,
+              learning_rate=1e-3,
+              warmup_steps=2 if smoke else 10,
           ),
       )
   )

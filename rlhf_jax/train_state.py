@@ -28,14 +28,22 @@ class TrainState:
   rng: jax.Array
 
 
+def to_float32(tree: Any) -> Any:
+  """Every array of the tree as float32."""
+  return jax.tree.map(lambda x: x.astype(jnp.float32), tree)
+
+
 def create_train_state(
     params: Any, tx: optax.GradientTransformation, rng: jax.Array
 ) -> TrainState:
-  """A state at step 0 for `params` as they are (no copy is made)."""
+  """A state at step 0 for `params` as they are (no copy is made).
+
+  The optimizer's state is float32 whatever the params are.
+  """
   return TrainState(
       step=jnp.zeros((), jnp.int32),
       skipped_steps=jnp.zeros((), jnp.int32),
       params=params,
-      opt_state=tx.init(params),
+      opt_state=tx.init(to_float32(params)),
       rng=rng,
   )

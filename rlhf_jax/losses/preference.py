@@ -145,17 +145,17 @@ def best_of_k_loss(
 ) -> Float[Array, "B"]:
   """Negative log-likelihood of the pick of the best of K completions.
 
-  -log (exp(s_best) / sum_i exp(s_i))
+  -log (sum_{i best} exp(s_i) / sum_i exp(s_i))
 
   Args:
     scores: one for each of K completions.
-    ranks: the smallest is the pick, the first of several smallest; how the
-      others are ranked does not matter.
+    ranks: the smallest is the pick; how the others are ranked does not matter.
+      Of several smallest, it was one or another.
     valid: False for what fills a shorter ranking up to K.
 
   Returns:
-    float32, at least 0, log K for equal scores; 0 for a row without a valid
-    completion; unreduced.
+    float32, at least 0, log K for equal scores; 0 for a row that is one tie or
+    has no valid completion; unreduced.
 
   Reference: Ziegler et al., Fine-Tuning Language Models from Human Preferences,
   arXiv 1909.08593, eq. 1.
@@ -170,12 +170,12 @@ def best_of_k_loss(
   """
   scores = zero_masked(scores, valid).astype(jnp.float32)
   valid = valid.astype(bool)
-  best = jnp.argmin(
-      jnp.where(valid, ranks, jnp.iinfo(ranks.dtype).max), axis=1
+  largest = jnp.iinfo(ranks.dtype).max
+  first = jnp.min(ranks, axis=1, keepdims=True, where=valid, initial=largest)
+  # In a row of nothing valid all count, so that no log-sum-exp is over nothing.
+  counted = valid | ~valid.any(axis=1, keepdims=True)
+  best = counted & ((ranks == first) | ~valid)
+  total, picked = (
+      jax.nn.logsumexp(scores, axis=1, where=where) for where in (counted, best)
   )
-  best_score = jnp.take_along_axis(scores, best[:, None], axis=1)[:, 0]
-  # The first stays in, so that no log-sum-exp is over nothing.
-  counted = valid | (jnp.arange(scores.shape[1]) == 0)[None] & ~valid.any(
-      axis=1, keepdims=True
-  )
-  return jax.nn.logsumexp(scores, axis=1, where=counted) - best_score
+  return total - picked

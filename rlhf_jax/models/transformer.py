@@ -36,8 +36,8 @@ _CHOICES = {
     "position": ("rotary", "learned"),
     "norm": ("rmsnorm", "layernorm"),
     "activation": ("swiglu", "gelu"),
-    "dtype": ("float32", "bfloat16", "float16"),
-    "param_dtype": ("float32", "bfloat16", "float16"),
+    "dtype": ("float32", "bfloat16"),
+    "param_dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = (
     "vocab_size num_layers width num_heads num_kv_heads head_dim ff_dim "
@@ -54,7 +54,8 @@ class TransformerConfig:
   max_length: longest row, and the rows of the learned position table.
   activation: 'gelu' is the tanh approximation, as in GPT-2.
   use_bias: biases in projections and in layernorm, as in GPT-2.
-  dtype: of activations and matmuls; param_dtype: of the stored parameters.
+  dtype: of activations and matmuls; param_dtype: of the stored parameters
+    (training keeps float32; in bfloat16 small steps round away).
   remat: recompute each layer in the backward pass instead of storing it.
   scan_unroll: layers a scan iteration; more is faster to run on CPU and slower
     to compile. It and remat never change a result.
@@ -75,8 +76,8 @@ class TransformerConfig:
   tie_head: bool = True
   norm_epsilon: float = 1e-5
   rope_theta: float = 10000.0
-  dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-  param_dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+  dtype: Literal["float32", "bfloat16"] = "float32"
+  param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
   scan_unroll: int = 1
 

@@ -14,8 +14,8 @@ scores higher.
      one row of the batch, so that a prompt weighs one whatever its K (arXiv
      2203.02155, section 3.5: shuffled apart, several epochs of them overfit;
      within one epoch they do not repeat). `ranking_loss` may instead be the
-     whole ranking's (Plackett-Luce) or that of the best one alone, of which
-     the first is taken if several tie (arXiv 1909.08593, equation 1).
+     whole ranking's (Plackett-Luce) or that of the best one alone (arXiv
+     1909.08593, equation 1).
   4. center_coef pulls the two scores' sum to 0 (Eisenstein et al., arXiv
      2312.09244, section 3): the loss alone leaves their level undetermined.
   5. Afterwards a gain and a bias are fitted so that the reference policy's

@@ -143,6 +143,9 @@ def plackett_luce(scores, ranks):
 
 
 def best_of_k(scores, ranks):
-  """-log of the softmax of the first of the best ranked."""
-  best = min(range(len(ranks)), key=lambda i: ranks[i], default=None)
-  return 0.0 if best is None else -log_softmax(scores)[best]
+  """-log of the softmax's mass on the best ranked."""
+  if not len(ranks):
+    return 0.0
+  logprobs = log_softmax(scores)
+  best = [p for p, r in zip(logprobs, ranks, strict=True) if r == min(ranks)]
+  return -math.log(sum(math.exp(p) for p in best))

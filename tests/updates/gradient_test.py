@@ -197,3 +197,39 @@ def test_infinite_loss_with_finite_gradients_is_not_applied():
   after, _ = gradient.apply_gradients(state, grads, metrics, tx)
   assert float(after.params["bias"]) == 1
   assert int(after.skipped_steps) == 1
+
+
+def test_bfloat16_params_have_a_float32_optimizer():
+  """The second moment of a constant gradient tends to its square."""
+  params = {"w": jnp.ones((4,), jnp.bfloat16)}
+  tx = optim.make_optimizer(optim.OptimizerConfig(learning_rate=1e-2), 3000)
+  state = create_train_state(params, tx, jax.random.key(0))
+  assert all(
+      x.dtype == jnp.float32
+      for x in jax.tree.leaves(state.opt_state)
+      if jnp.issubdtype(x.dtype, jnp.floating)
+  )
+
+  def objective(params, batch):
+    return (params["w"][None] * batch).sum().astype(jnp.float32), {}
+
+  @jax.jit
+  def run(state):
+    def step(state, _):
+      grads, metrics = gradient.accumulate_gradients(
+          objective, state.params, jnp.full((6, 4), 0.1, jnp.bfloat16), 3
+      )
+      return gradient.apply_gradients(state, grads, metrics, tx)[0], None
+
+    return jax.lax.scan(step, state, length=3000)[0]
+
+  state = run(state)
+  assert state.params["w"].dtype == jnp.bfloat16
+  assert float(state.params["w"][0]) < 0
+  second = [
+      leaf
+      for path, leaf in jax.tree_util.tree_leaves_with_path(state.opt_state)
+      if "nu" in jax.tree_util.keystr(path)
+  ]
+  # The gradient of six rows of 0.1, clipped to a norm of 1 over four weights.
+  np.testing.assert_allclose(second[0], 0.25 * (1 - 0.999**3000), rtol=1e-3)

@@ -14,10 +14,20 @@ import dataclasses
 from typing import Any
 
 from absl import logging
+import jax
 import numpy as np
 
-from experiments.harness import cli, evaluator, models, sources, stage
+from experiments.harness import (
+    checks,
+    cli,
+    evaluator,
+    models,
+    sources,
+    stage,
+)
+from experiments.harness.config import ConfigError
 from rlhf_jax.evaluation import intervals, text, win_rate
+from rlhf_jax.types import PromptBatch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,6 +61,7 @@ class Config:
           f"{', '.join(self.policies)}"
       )
     evaluator.check_judge(self.judge)
+    checks.check_ranges(self, "evaluate", {"batch_size": ">= 1"})
     if self.ref_policy and self.ref_policy not in self.places:
       raise ValueError(
           f"ref_policy={self.ref_policy!r} is none of the policies "
@@ -93,11 +104,12 @@ def run(config: Config, workdir: str) -> None:
 def complete(
     config: Config, reader: sources.Reader
 ) -> dict[str, list[dict[str, Any]]]:
-  """Each policy's rows, in the order of the prompts."""
-  prompts = reader.prompts(config.prompts, "heldout")
+  """Each policy's rows, in the order of the prompts that all can read."""
   policies = {
       name: models.load_policy(place) for name, place in config.places.items()
   }
+  _check_fits(config, policies)
+  prompts = _encode(config, policies, reader.prompts(config.prompts, "heldout"))
   judge = evaluator.make_judge(config.judge)
   reward_fn = (
       evaluator.make_reward_fn(models.load_reward_model(config.reward_model))
@@ -109,9 +121,7 @@ def complete(
     sampler = evaluator.Evaluator(
         policy.config,
         policy.tokenizer,
-        evaluator.encode_prompts(
-            prompts, policy.tokenizer, config.samples
-        ),
+        prompts[name],
         config.samples.sampling(policy.tokenizer),
         ref_policy=policies.get(config.ref_policy),
         reward_fn=reward_fn,
@@ -121,6 +131,54 @@ def complete(
     )
     rows[name] = sampler.rows(policy.params)
   return rows
+
+
+def _check_fits(config: Config, policies: dict[str, models.Policy]) -> None:
+  samples = config.samples
+  length = samples.max_prompt_length + samples.max_completion_length
+  ref_policy = policies.get(config.ref_policy)
+  for name, policy in policies.items():
+    if length > policy.config.max_length:
+      raise ConfigError(
+          f"max_prompt_length + max_completion_length = {length} does not fit "
+          f"policy {name!r}, whose max_length is {policy.config.max_length}"
+      )
+    if (
+        ref_policy
+        and policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint
+    ):
+      raise ConfigError(
+          f"policy {name!r} has another tokenizer than ref_policy="
+          f"{config.ref_policy!r}: there is no KL between them; give "
+          "ref_policy=''"
+      )
+
+
+def _encode(
+    config: Config, policies: dict[str, models.Policy], prompts: list
+) -> dict[str, PromptBatch]:
+  """The same prompts for each: a tokenizer may find too long what others don't.
+
+  Raises:
+    ConfigError: if no prompt is left.
+  """
+  encoded = {
+      name: evaluator.encode_prompts(prompts, policy.tokenizer, config.samples)
+      for name, policy in policies.items()
+  }
+  indices = [set(batch.index.tolist()) for batch in encoded.values()]
+  shared = sorted(set.intersection(*indices))
+  if not shared:
+    raise ConfigError(
+        "prompts: each is too long for one of the policies; raise "
+        "samples.max_prompt_length"
+    )
+  if len(shared) < max(map(len, indices)):
+    logging.info("evaluate: %d prompts are short for all", len(shared))
+  return {
+      name: jax.tree.map(lambda x: x[np.isin(batch.index, shared)], batch)
+      for name, batch in encoded.items()
+  }
 
 
 def summarise(

@@ -10,14 +10,16 @@
     anything else          JSONL (gz too): a path or glob, or tfds:NAME
 
 One file can serve training and evaluation: `use` says whether a stage gets its
-share of the records or all of them. How many it got is logged. Records that
-open alike (one prompt, one dialogue's first turn, one story's first sentence)
-are all on one side, so that nothing held out was half seen in training.
+share of the records or all of them. How many it got is logged. Records of one
+origin (one prompt, one dialogue's first turn or continuation, one story's first
+sentence) are all on one side, so that nothing held out was half seen in
+training.
 
 `${NAME}` stands for an environment variable. What cannot be used is written
 with its reason to `<stage>/skipped/`.
 """
 
+import collections
 import dataclasses
 import pathlib
 import re
@@ -33,6 +35,8 @@ from rlhf_jax.worlds import assistant
 
 ASSISTANT = "world:assistant"
 _HELDOUT_EVERY = 10
+# Sources that are no records, so that none of them can be passed over.
+_NO_RECORDS = ("world", "stories", "text", "polarity", "gsm8k", "oasst")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
 
@@ -60,6 +64,9 @@ class SourceConfig:
       raise ValueError(f"limit must not be negative: {self.limit}")
     if self.on_error not in ("raise", "skip"):
       raise ValueError(f"on_error must be 'raise' or 'skip': {self.on_error!r}")
+    kind = self.source.partition(":")[0]
+    if self.on_error == "skip" and kind in _NO_RECORDS:
+      raise ValueError(f"on_error='skip' is for files of records, not {kind}:")
     if self.source == ASSISTANT and self.limit == 0:
       raise ValueError(f"{ASSISTANT} has no end: give a limit")
 
@@ -117,7 +124,7 @@ class Reader:
   def comparisons(
       self, cfg: SourceConfig, split: str
   ) -> list[Comparison] | list[Ranking]:
-    """Comparisons; or rankings, if the source's name says so."""
+    """Comparisons; or rankings, if the first record has ranks."""
     source = expand(cfg.source)
     kind, _, path = source.partition(":")
     if kind == "polarity":
@@ -134,7 +141,7 @@ class Reader:
       return _limited(mine, len(whole), cfg)
     if kind == "oasst":
       found = publishers.read_oasst(path, chat_template=cfg.chat_template)
-    elif "ranking" in pathlib.Path(source).name:
+    elif "ranks" in readers.field_names(source):
       found = self._records(source, "ranking", cfg)
     else:
       found = self._records(source, "comparison", cfg)
@@ -186,12 +193,12 @@ def _used(items: list, split: str, cfg: SourceConfig) -> list:
 
 
 def _share(items: list, split: str, cfg: SourceConfig) -> list:
-  """Every tenth opening is held out, the others are for training.
+  """Every tenth origin is held out, the others are for training.
 
   Not the last tenth: files are often sorted, by length or by origin.
   """
-  openings = [_opening(item) for item in items]
-  distinct = list(dict.fromkeys(openings))
+  origins = _origins(items)
+  distinct = list(dict.fromkeys(origins))
   if len(distinct) < 2:
     raise readers.ReadError(
         f"{cfg.source}: records of one prompt alone cannot be divided into"
@@ -202,19 +209,58 @@ def _share(items: list, split: str, cfg: SourceConfig) -> list:
   wanted = split == "heldout"
   return [
       item
-      for item, opening in zip(items, openings, strict=True)
-      if (opening in heldout) == wanted
+      for item, origin in zip(items, origins, strict=True)
+      if (origin in heldout) == wanted
   ]
 
 
-def _opening(item) -> str:
-  """What records that must not be divided have in common."""
+def _origins(items: list) -> list[str]:
+  """A name for what each record has in common with those of its origin.
+
+  A beginning that more than a tenth of the records have is an instruction and
+  no origin.
+  """
+  most = max(len(items) // _HELDOUT_EVERY, 2)
+  texts = [_text(item) for item in items]
+  openings = [_opening(text, item) for text, item in zip(texts, items)]
+  count = collections.Counter(openings)
+  texts = [
+      opening if count[opening] <= most else text
+      for opening, text in zip(openings, texts)
+  ]
+  count = collections.Counter(texts)
+  # Sorted, what goes on from a text comes after it.
+  members, start = collections.defaultdict(list), None
+  for text in sorted(count):
+    if start is None or not _goes_on(text, start):
+      start = text
+    members[start].append(text)
+  origin = {
+      text: start if sum(count[x] for x in mine) <= most else text
+      for start, mine in members.items()
+      for text in mine
+  }
+  return [origin[text] for text in texts]
+
+
+def _goes_on(text: str, start: str) -> bool:
+  if not text.startswith(start) or text == start:
+    return text == start
+  # "page 10" does not go on from "page 1".
+  return not (start[-1].isalnum() and text[len(start)].isalnum())
+
+
+def _text(item) -> str:
   if isinstance(item, str):
-    return _first_sentence(item)
-  if isinstance(item, Demonstration) and not item.prompt:
-    return _first_sentence(item.completion)
+    return item
+  return item.prompt or getattr(item, "completion", "") or repr(item)
+
+
+def _opening(text: str, item) -> str:
+  if isinstance(item, str) or not item.prompt:
+    return _first_sentence(text)
   # Dialogues are often there at several lengths.
-  return item.prompt.partition("\n\nAssistant:")[0] or repr(item)
+  return text.partition("\n\nAssistant:")[0] or text
 
 
 def _first_sentence(text: str) -> str:

@@ -130,8 +130,7 @@ def open_split(
   Raises:
     PreparedError: there is no such dataset or split, or it holds another kind.
   """
-  folder = _find_folder(pathlib.Path(data_dir or default_data_dir()) / name)
-  builder = tfds.builder_from_directory(folder)
+  folder, builder = _open(name, data_dir)
   expected, stored = set(features_of(kind)), set(builder.info.features)
   if expected != stored:
     raise PreparedError(
@@ -147,6 +146,18 @@ def open_split(
         f"{asked}; {folder} has {', '.join(splits)}. Say tfds:{name}:SPLIT."
     )
   return PreparedSplit(builder.as_data_source(split=split), kind)
+
+
+def column_names(
+    name: str, data_dir: str | os.PathLike | None = None
+) -> set[str]:
+  """What the records of a prepared dataset hold."""
+  return set(_open(name, data_dir)[1].info.features)
+
+
+def _open(name: str, data_dir: str | os.PathLike | None):
+  folder = _find_folder(pathlib.Path(data_dir or default_data_dir()) / name)
+  return folder, tfds.builder_from_directory(folder)
 
 
 def default_data_dir() -> str:

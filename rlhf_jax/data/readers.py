@@ -108,6 +108,23 @@ def read_records(
   return found
 
 
+def field_names(source: str, data_dir: str | None = None) -> set[str]:
+  """The fields of the source's first record; of one that is no object, none."""
+  if source.startswith(TFDS_PREFIX):
+    name, colon, split = source.removeprefix(TFDS_PREFIX).rpartition(":")
+    try:
+      return prepared.column_names(name if colon else split, data_dir)
+    except prepared.PreparedError as error:
+      raise ReadError(f"{source}: {error}") from error
+  for _, line in read_lines(resolve_files(source)[0]):
+    try:
+      obj = parse_line(line)
+    except RecordError:
+      continue
+    return set(obj) if isinstance(obj, dict) else set()
+  return set()
+
+
 def resolve_files(source: str) -> list[pathlib.Path]:
   """The files that a path or glob names, sorted; at least one."""
   path = pathlib.Path(source)

@@ -6,7 +6,7 @@
   ranking        {prompt, completions, ranks, annotator?, source?, weight?};
                  a smaller rank is better, equal ranks are ties
   rating         {prompt, completion, score}
-  prompt         {prompt}
+  prompt         {prompt}; or {messages}, of which the last answer is left out
 
 A record is what parsed JSON says, so anything can be in it. `validate_record`
 takes any Python object and either returns a record or raises `RecordError`,
@@ -132,6 +132,8 @@ def validate_record(
   _check_spelling(kind, obj)
   if kind == "demonstration":
     return _demonstration(obj, chat_template)
+  if kind == "prompt":
+    return _prompt(obj, chat_template)
   return _VALIDATORS[kind](obj)
 
 
@@ -275,15 +277,17 @@ def _rating(obj: dict) -> Rating:
   )
 
 
-def _prompt(obj: dict) -> Prompt:
-  return Prompt(prompt=_text(obj, "prompt"))
+def _prompt(obj: dict, chat_template: str) -> Prompt:
+  if "messages" not in obj:
+    return Prompt(prompt=_text(obj, "prompt"))
+  # A demonstration's file serves as a file of prompts.
+  return Prompt(prompt=_demonstration(obj, chat_template).prompt)
 
 
 _VALIDATORS = {
     "comparison": _comparison,
     "ranking": _ranking,
     "rating": _rating,
-    "prompt": _prompt,
 }
 
 

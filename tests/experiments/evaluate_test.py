@@ -7,9 +7,13 @@ import pytest
 
 from configs import evaluate as evaluate_config
 from experiments import evaluate
-from experiments.harness import evaluator
-from experiments.harness.config import from_config
+from experiments.harness import evaluator, models
+from experiments.harness.config import ConfigError, from_config
+from rlhf_jax.data.records import Prompt
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation import intervals
+from rlhf_jax.worlds import assistant
+from tests.experiments import tiny
 
 
 def rows(rewards, prompts):
@@ -73,3 +77,70 @@ def test_completions_without_a_prompt_share_none():
   found = evaluator.prompt_groups(["a", "", "b", "", "a"])
   assert found[0] == found[4]
   assert len(set(found.tolist())) == 4
+
+
+# ---- Which prompts -----------------------------------------------------------
+
+
+def make_policy(finished_run, text):
+  """The finished run's SFT policy with a tokenizer trained on `text`."""
+  policy = models.load_policy(str(finished_run / "sft"))
+  tokenizer = Tokenizer.train_byte_level_bpe(
+      [text] * 500 + assistant.corpus(0, 40), tiny.VOCAB_SIZE
+  )
+  return dataclasses.replace(policy, tokenizer=tokenizer)
+
+
+def two_policies(finished_run, monkeypatch, **changes):
+  found = {
+      "a": make_policy(finished_run, "violet velvet valleys " * 3),
+      "b": make_policy(finished_run, "quick quiet quarrels " * 3),
+  }
+  monkeypatch.setattr(models, "load_policy", lambda place: found[place])
+  settings = evaluate_config.get_config("smoke")
+  settings.update(policies=("a=a", "b=b"), ref_policy="", reward_model="")
+  settings.judge = ""
+  settings.samples.update(
+      max_prompt_length=12, max_completion_length=4, too_long="drop"
+  )
+  settings.update(changes)
+  return from_config(evaluate.Config, settings)
+
+
+class Prompts:
+  """Stands for a reader of some prompts."""
+
+  def __init__(self, texts):
+    self._found = [Prompt(prompt=x) for x in texts]
+
+  def prompts(self, cfg, split):
+    del cfg, split
+    return self._found
+
+
+def test_policies_complete_the_prompts_that_are_short_for_all(
+    finished_run, monkeypatch
+):
+  config = two_policies(finished_run, monkeypatch)
+  # The first is short for one tokenizer only, the second for the other.
+  texts = ["violet velvet valleys", "quick quiet quarrels", "both", "all"]
+  found = evaluate.complete(config, Prompts(texts))
+  assert [x["prompt"] for x in found["a"]] == ["both", "all"]
+  assert [x["prompt"] for x in found["b"]] == ["both", "all"]
+  with pytest.raises(ConfigError, match="too long for one of the policies"):
+    evaluate.complete(config, Prompts(texts[:2]))
+
+
+def test_kl_between_two_tokenizers_is_refused(finished_run, monkeypatch):
+  config = two_policies(finished_run, monkeypatch, ref_policy="a")
+  with pytest.raises(ConfigError, match="'b' has another tokenizer than ref"):
+    evaluate.complete(config, Prompts(["both"]))
+
+
+def test_lengths_beyond_the_models_are_refused(finished_run, monkeypatch):
+  config = two_policies(finished_run, monkeypatch)
+  samples = dataclasses.replace(config.samples, max_completion_length=120)
+  with pytest.raises(ConfigError, match="= 132 does not fit policy 'a'"):
+    evaluate.complete(
+        dataclasses.replace(config, samples=samples), Prompts(["both"])
+    )

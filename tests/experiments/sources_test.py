@@ -3,6 +3,7 @@
 import dataclasses
 import gzip
 import json
+import re
 import zipfile
 
 import pytest
@@ -148,11 +149,11 @@ def test_globs_and_gzip_are_read(reader, tmp_path):
   assert len(found) == 20
 
 
-def test_comparisons_and_rankings_are_told_apart_by_name(reader, tmp_path):
+def test_comparisons_and_rankings_are_told_apart_by_fields(reader, tmp_path):
   pair = {"prompt": "a", "chosen": "b", "rejected": "c"}
   ranking = {"prompt": "a", "completions": ["b", "c"], "ranks": [0, 1]}
-  pairs = write_jsonl(tmp_path / "comparisons.jsonl", [pair])
-  ranks = write_jsonl(tmp_path / "rankings.jsonl", [ranking])
+  pairs = write_jsonl(tmp_path / "no_ranking.jsonl", [pair])
+  ranks = write_jsonl(tmp_path / "labels.jsonl", [ranking])
   read = lambda path: reader.comparisons(source(path, use="all"), "train")[0]
   assert isinstance(read(pairs), Comparison)
   assert isinstance(read(ranks), Ranking)
@@ -324,3 +325,41 @@ def test_open_assistants_trees_are_rankings(reader, tmp_path):
   assert train[0] == Ranking(
       "\n\nHuman: q1\n\nAssistant:", (" bad", " good"), (1, 0)
   )
+
+
+def talk(*texts):
+  roles = ("user", "assistant")
+  return [
+      {"role": roles[i % 2], "content": text} for i, text in enumerate(texts)
+  ]
+
+
+@pytest.mark.parametrize("template", ["plain", "hh"])
+def test_a_dialogue_at_two_lengths_is_on_one_side(reader, tmp_path, template):
+  short = [{"messages": talk(f"Who is {i}?", "Me.")} for i in range(40)]
+  long = [
+      {"messages": [*row["messages"], *talk("Sure?", f"Yes, {i}.")]}
+      for i, row in enumerate(short)
+  ]
+  path = write_jsonl(tmp_path / "talk.jsonl", short + long)
+  cfg = dataclasses.replace(source(path), chat_template=template)
+  train, heldout = (reader.prompts(cfg, x) for x in ("train", "heldout"))
+  assert (len(train), len(heldout)) == (72, 8)
+  who = lambda found: {re.search(r"Who is (\d+)", x.prompt)[1] for x in found}
+  assert who(train).isdisjoint(who(heldout))
+
+
+@pytest.mark.parametrize("num_preambles", [1, 2])
+def test_a_shared_instruction_is_no_origin(reader, tmp_path, num_preambles):
+  rows = [
+      {"prompt": f"Be {i % num_preambles}.\n\nAssistant: yes\n\nHuman: q{i}?"}
+      for i in range(1000)
+  ]
+  path = write_jsonl(tmp_path / "p.jsonl", rows)
+  assert len(reader.prompts(source(path), "heldout")) == 100
+
+
+def test_what_is_no_record_cannot_be_skipped():
+  for name in ("gsm8k:x", "oasst:x", "text:x", "stories:x", "polarity:x:0"):
+    with pytest.raises(ValueError, match="on_error='skip' is for files of"):
+      source(name, on_error="skip")

@@ -119,7 +119,7 @@ def assistant_samples() -> ConfigDict:
 def language_model_training(
     num_steps: int, learning_rate: float, warmup_steps: int, **changes
 ) -> ConfigDict:
-  """Next-token training on the embedded domain, as pretraining and SFT do it."""
+  """Next-token training on the embedded domain: pretraining and SFT."""
   return ConfigDict(
       dict(
           seed=0,

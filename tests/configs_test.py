@@ -26,7 +26,7 @@ ARGS = {
     "rlhf": ("full", "smoke", "hacking", "stories"),
 }
 # Which binary reads a config file that is not named after it.
-BINARY = {"stories": None, "common": None}
+BINARY = {"stories": None, "common": None, "own": None}
 CONFIG_FILES = sorted((REPO / "configs").glob("*.py"))
 EACH = [(name, arg) for name in STAGES for arg in ARGS[name]]
 

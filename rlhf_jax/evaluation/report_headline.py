@@ -1,5 +1,6 @@
 """What a run showed, in words and in a small table of plain text."""
 
+from collections.abc import Sequence
 import dataclasses
 import math
 import textwrap
@@ -94,15 +95,18 @@ def _evaluation_sentences(evaluation: Evaluation | None) -> list[str]:
   if evaluation is None:
     return ["The policies have not been evaluated yet."]
   measured = [p for p in evaluation.policies if "true_reward" in p.quantities]
-  if not measured:
-    return ["The evaluation measured no true reward."]
-  numbers = " \N{RIGHTWARDS ARROW} ".join(
-      f"{p.quantities['true_reward'].mean:.3f} ({p.label})" for p in measured
-  )
   prompts = ""
   if evaluation.num_prompts is not None:
     prompts = f" on {evaluation.num_prompts:,} held-out prompts"
-  said = [f"True reward{prompts}: {numbers}."]
+  if not measured:
+    scores = _path(evaluation.policies, "score")
+    if not scores:
+      return ["The evaluation measured no true reward."]
+    return [
+        f"The reward model's score{prompts}: {scores}.",
+        "There was no judge: whether a higher score is better is not known.",
+    ]
+  said = [f"True reward{prompts}: {_path(measured, 'true_reward')}."]
   said += [
       _comparison(a, b, evaluation.difference(b.name, a.name)) + "."
       for a, b in zip(measured, measured[1:])
@@ -111,6 +115,15 @@ def _evaluation_sentences(evaluation: Evaluation | None) -> list[str]:
   if "kl" in final.quantities:
     said.append(_kl_sentence(final, evaluation.kl_target))
   return said
+
+
+def _path(policies: Sequence[Policy], quantity: str) -> str:
+  """'0.100 (Base) -> 0.500 (SFT)' of the policies that have the quantity."""
+  return " \N{RIGHTWARDS ARROW} ".join(
+      f"{p.quantities[quantity].mean:.3f} ({p.label})"
+      for p in policies
+      if quantity in p.quantities
+  )
 
 
 def _comparison(

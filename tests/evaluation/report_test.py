@@ -318,6 +318,17 @@ def test_time_is_counted_by_step_or_in_whole(tmp_path):
   ]
 
 
+def test_without_a_judge_the_score_is_told_and_that_it_is_no_truth(tmp_path):
+  policies = {"sft": {"score": {"mean": -0.5}}, "ppo": {"score": {"mean": 1}}}
+  synthetic_run.write_json(
+      tmp_path / "evaluate" / "evaluation.json",
+      {"num_prompts": 1200, "policies": policies},
+  )
+  told = report.summary_text(tmp_path)
+  assert "score on 1,200 held-out prompts: -0.500 (SFT) → 1.000 (PPO)." in told
+  assert "whether a higher score is better is not known" in told
+
+
 def test_stages_that_were_run_one_by_one_show_their_configs(tmp_path):
   synthetic_run.write_json(tmp_path / "sft" / "config.json", {"lr": 0.25})
   assert report_data.read_run(tmp_path).config == {"sft": {"lr": 0.25}}

@@ -10,7 +10,6 @@ from experiments import rlhf
 from experiments.harness.config import from_config
 from tests.experiments import tiny
 
-
 VOCAB_SIZE = 270  # so little text has no more
 
 
@@ -51,8 +50,13 @@ def make_tiny(config: ConfigDict) -> ConfigDict:
   )
   for name in ("pretrain", "sft"):
     train = config[name].train
+    train.update(batch_size=4, seq_len=64)
+    tiny.shorten(train.samples)
     train.optimizer.warmup_steps = 0
     train.loop.update(tiny.loop())
+  config.reward.update(
+      max_prompt_length=tiny.PROMPT_LENGTH, max_completion_length=32
+  )
   config.reward.batch_size = 4
   config.reward.optimizer.warmup_steps = 0
   config.reward.loop.update(tiny.loop())
@@ -60,7 +64,7 @@ def make_tiny(config: ConfigDict) -> ConfigDict:
   config.ppo.loop.update(tiny.loop())
   config.evaluate.batch_size = 4
   for name in ("reward", "ppo", "evaluate"):
-    config[name].samples.max_completion_length = tiny.COMPLETION_LENGTH
+    tiny.shorten(config[name].samples)
   return config
 
 

@@ -82,7 +82,7 @@ class Checkpointer:
     self._directory = pathlib.Path(directory).absolute()
     self._keep_last = keep_last
     self._best_metric = best_metric
-    self._best_sign = 1 if best_mode == "max" else -1
+    self._best_mode = best_mode
     self._config = json.loads(json.dumps(config))
     self._damaged: set[str] = set()
     _make_directory(self._directory)
@@ -182,7 +182,7 @@ class Checkpointer:
     if self._best_metric is None:
       raise ValueError("restore_best needs a Checkpointer with a best_metric")
     self.wait()
-    for folder, _ in self._by_metric(self._readable()):
+    for folder in self._best_first(self._readable()):
       info = self._intact(folder)
       if info is not None:
         return self._restore(folder, info, abstract_state)
@@ -237,7 +237,7 @@ class Checkpointer:
     last = [f for f, info in counted.items() if info["step"] <= step]
     keep = {f for f, info in counted.items() if info["step"] > step}
     keep.update(last[-self._keep_last :])
-    keep.update(folder for folder, _ in self._by_metric(counted)[:1])
+    keep.update(self._best_first(counted)[:1])
     for other_step, _, folder in _folders(self._directory):
       # Damaged ones stay, for their owner to look at, until replaced.
       damaged = folder.name in self._damaged and other_step != step
@@ -254,36 +254,21 @@ class Checkpointer:
 
     Files are not compared with their checksums here.
     """
-    found = {}
-    for _, _, folder in _folders(self._directory):
-      if folder.name not in self._damaged:
-        try:
-          found[folder] = array_folder.read_info(folder)
-        except array_folder.Damaged:
-          continue
-    return found
+    return _read_infos([
+        folder
+        for _, _, folder in _folders(self._directory)
+        if folder.name not in self._damaged
+    ])
 
-  def _by_metric(self, infos) -> list[tuple[pathlib.Path, float]]:
-    """Folders that have the best metric, best first; the earlier of a tie."""
-    if self._best_metric is None:
-      return []
-    values = [
-        (folder, info["metrics"][self._best_metric])
-        for folder, info in infos.items()
-        if self._best_metric in info["metrics"]
-    ]
-    return sorted(values, key=lambda item: -self._best_sign * item[1])
+  def _best_first(self, infos) -> list[pathlib.Path]:
+    return _best_first(infos, self._best_metric, self._best_mode)
 
   def _intact(self, folder: pathlib.Path) -> dict[str, Any] | None:
-    """The info of `folder`, or None and a warning if it is not usable."""
-    try:
-      info = array_folder.read_info(folder)
-      array_folder.verify_files(folder, info)
-      return info
-    except array_folder.Damaged as e:
+    """As `_read_intact`; what is damaged is remembered."""
+    info = _read_intact(folder)
+    if info is None:
       self._damaged.add(folder.name)
-      _log.warning("checkpoint %s passed over: %s", folder, e)
-      return None
+    return info
 
   def _restore(self, folder, info, abstract_state):
     differences = config_differences(info["config"], self._config)
@@ -298,37 +283,52 @@ class Checkpointer:
 
 
 def load_params(
-    directory: str | os.PathLike, which: int | str, prefixes: tuple[str, ...]
+    directory: str | os.PathLike,
+    which: int | Literal["last", "best"],
+    prefixes: tuple[str, ...],
+    *,
+    best_metric: str | None = None,
+    best_mode: Literal["max", "min"] = "max",
 ) -> PyTree:
   """Params out of a checkpoint, without the rest of its state.
 
+  What is not intact is passed over with a warning: a run that goes on or was
+  killed may leave its newest folder unfinished.
+
   Args:
     directory: a Checkpointer's.
-    which: a step, or 'last'.
+    which: a step, 'last', or 'best' by `best_metric` and `best_mode`.
     prefixes: where they may be in the state, as dotted paths; the first that
       the checkpoint has counts.
 
   Raises:
-    CheckpointError: if there is no such checkpoint, with those that there are,
-      or it is damaged.
+    CheckpointError: if no such checkpoint is intact, with those that there are.
   """
   directory = pathlib.Path(directory)
-  found = {}
-  if directory.is_dir():
-    # In order, so that of two attempts at a step the later one counts.
-    found = {step: folder for step, _, folder in _folders(directory)}
-  step = max(found, default=None) if which == "last" else which
-  if step not in found:
-    raise CheckpointError(
-        f"{directory} has no checkpoint of step {which}; it has "
-        f"{', '.join(map(str, sorted(found))) or 'none'}"
-    )
-  folder = found[step]
-  try:
-    info = array_folder.read_info(folder)
-    array_folder.verify_files(folder, info)
-  except array_folder.Damaged as e:
-    raise CheckpointError(f"checkpoint {folder} is damaged: {e}") from None
+  found = _folders(directory) if directory.is_dir() else []
+  if which == "best":
+    infos = _read_infos([folder for _, _, folder in found])
+    candidates = _best_first(infos, best_metric, best_mode)
+  else:
+    candidates = [x for step, _, x in reversed(found) if which in ("last", step)]
+  for folder in candidates:
+    info = _read_intact(folder)
+    if info is not None:
+      return _read_params(folder, info, prefixes)
+  steps = sorted({step for step, _, _ in found})
+  wanted = {
+      "last": "no intact checkpoint",
+      "best": f"no intact checkpoint with its {best_metric!r}",
+  }.get(which, f"no intact checkpoint of step {which}")
+  raise CheckpointError(
+      f"{directory} has {wanted}; it has folders of steps "
+      f"{', '.join(map(str, steps)) or '(none)'}"
+  )
+
+
+def _read_params(
+    folder: pathlib.Path, info: dict[str, Any], prefixes: tuple[str, ...]
+) -> PyTree:
   for prefix in prefixes:
     names = [x for x in info["leaves"] if x.startswith(prefix + ".")]
     if names:
@@ -458,6 +458,45 @@ def _folders(directory: pathlib.Path) -> list[tuple[int, int, pathlib.Path]]:
       if _parse(path.name) and path.is_dir()
   ]
   return sorted(found)
+
+
+def _read_infos(
+    folders: list[pathlib.Path],
+) -> dict[pathlib.Path, dict[str, Any]]:
+  """The info of every finished folder, in the order given."""
+  found = {}
+  for folder in folders:
+    try:
+      found[folder] = array_folder.read_info(folder)
+    except array_folder.Damaged:
+      continue
+  return found
+
+
+def _best_first(
+    infos: dict[pathlib.Path, dict[str, Any]],
+    metric: str | None,
+    mode: Literal["max", "min"],
+) -> list[pathlib.Path]:
+  """Folders that have the metric, best first; the earlier of a tie."""
+  sign = -1 if mode == "max" else 1
+  values = {
+      folder: sign * info["metrics"][metric]
+      for folder, info in infos.items()
+      if metric in info["metrics"]
+  }
+  return sorted(values, key=values.get)
+
+
+def _read_intact(folder: pathlib.Path) -> dict[str, Any] | None:
+  """The info of `folder`, or None and a warning if it is not usable."""
+  try:
+    info = array_folder.read_info(folder)
+    array_folder.verify_files(folder, info)
+    return info
+  except array_folder.Damaged as e:
+    _log.warning("checkpoint %s passed over: %s", folder, e)
+    return None
 
 
 def _make_directory(directory: pathlib.Path) -> None:

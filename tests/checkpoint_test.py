@@ -366,6 +366,54 @@ def test_a_damaged_best_gives_the_next_best(tmp_path):
     assert checkpointer.restore_best(_small(0))[0] == 0
 
 
+# ---- Params alone ------------------------------------------------------------
+
+
+def _save_params(directory, steps, metrics=None, **kwargs):
+  with _open(directory, keep_last=9, **kwargs) as checkpointer:
+    for step in steps:
+      state = {"params": _small(step)}
+      checkpointer.save(step, state, {}, metrics and metrics[step])
+
+
+def _params_step(directory, which, **kwargs):
+  found = checkpoint.load_params(directory, which, ("params",), **kwargs)
+  return int(found["step"])
+
+
+def test_last_params_are_of_the_newest_intact_checkpoint(tmp_path, caplog):
+  _save_params(tmp_path, [1, 2, 3])
+  (tmp_path / "step_00000003" / "checkpoint.json").unlink()
+  _truncate_array(tmp_path / "step_00000002")
+  assert _params_step(tmp_path, "last") == 1
+  assert [x.getMessage().split()[1] for x in caplog.records] == [
+      str(tmp_path / f"step_0000000{step}") for step in (3, 2)
+  ]
+
+
+def test_a_step_that_is_being_rewritten_is_read_as_it_was(tmp_path):
+  _save_params(tmp_path, [1, 2])
+  shutil.copytree(tmp_path / "step_00000001", tmp_path / "step_00000001.2")
+  (tmp_path / "step_00000001.2" / "checkpoint.json").unlink()
+  assert _params_step(tmp_path, 1) == 1
+  (tmp_path / "step_00000001" / "checkpoint.json").unlink()
+  with pytest.raises(checkpoint.CheckpointError, match="of step 1; .* 1, 2"):
+    _params_step(tmp_path, 1)
+
+
+@pytest.mark.parametrize("mode, wanted", [("max", [2, 4]), ("min", [1, 3])])
+def test_best_params_are_of_the_best_intact_checkpoint(tmp_path, mode, wanted):
+  scores = {1: 0.0, 2: 3.0, 3: 0.5, 4: 2.0, 5: 1.0}
+  metrics = {step: {"score": x} for step, x in scores.items()}
+  best = dict(best_metric="score", best_mode=mode)
+  _save_params(tmp_path, scores, metrics, **best)
+  assert _params_step(tmp_path, "best", **best) == wanted[0]
+  _truncate_array(tmp_path / f"step_0000000{wanted[0]}")
+  assert _params_step(tmp_path, "best", **best) == wanted[1]
+  with pytest.raises(checkpoint.CheckpointError, match="with its 'loss'"):
+    _params_step(tmp_path, "best", best_metric="loss")
+
+
 # ---- Kills -------------------------------------------------------------------
 
 

@@ -42,6 +42,9 @@ class NonFiniteError(RuntimeError):
 class LoopConfig:
   """How long, and how often what. In steps (PPO: iterations), but for one.
 
+  The stage's model/ is that of the last step; FOLDER@best names the best
+  checkpoint, for whatever takes a policy's place.
+
   best_metric: the evaluation's number by which the best checkpoint is kept,
     '' to keep none.
   max_nonfinite_steps: the run stops at so many in a row, in optimizer steps

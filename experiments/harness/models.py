@@ -3,11 +3,12 @@
     <stage>/model/      config, params and, for a reward model, normalisation
     <stage>/tokenizer/  the tokenizer that it was trained with
 
-A place is such a stage folder; `FOLDER@STEP` or `FOLDER@last` for one of its
-checkpoints, also of a stage that has not ended; or
-`llama2c:MODEL.bin:TOKENIZER.model` for a model in llama2.c's format with its
-sentencepiece tokenizer. `${NAME}` in a place or source stands for an
-environment variable, `@run/` for the folder that holds a run's stages.
+A place is such a stage folder; `FOLDER@STEP`, `FOLDER@last` or `FOLDER@best`
+(by the stage's `loop.best_metric`) for the policy in one of its checkpoints,
+also of a stage that has not ended; or `llama2c:MODEL.bin:TOKENIZER.model` for a
+model in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a
+place or source stands for an environment variable, `@run/` for the folder that
+holds a run's stages.
 """
 
 import dataclasses
@@ -28,6 +29,8 @@ from rlhf_jax.types import ScoreNormalization
 
 LLAMA2C = "llama2c:"
 RUN = "@run/"
+# Any other @ is part of a path.
+_CHECKPOINT = re.compile(r"(.+)@(\d+|last|best)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -93,8 +96,8 @@ def load_policy(place: str) -> Policy:
         params=params,
         tokenizer=Tokenizer.from_sentencepiece(tokenizer_path),
     )
-  if "@" in place:
-    return _load_checkpoint(place)
+  if match := _CHECKPOINT.fullmatch(place):
+    return _load_checkpoint(place, *match.groups())
   config, params, _ = _load(place, "policy")
   return Policy(
       config=config,
@@ -103,29 +106,35 @@ def load_policy(place: str) -> Policy:
   )
 
 
-def _load_checkpoint(place: str) -> Policy:
-  stage, _, which = place.rpartition("@")
-  if which != "last" and not which.isdigit():
-    raise FileNotFoundError(f"{place}: behind the @ comes a step, or 'last'")
+def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
+  path = pathlib.Path(stage) / "config.json"
+  if not path.exists():
+    raise FileNotFoundError(f"{stage} is not the folder of a stage")
+  config = json.loads(path.read_text(encoding="utf-8"))
   if (pathlib.Path(stage) / "model").is_dir():
     policy = load_policy(stage)
   else:
     # Not ended: it has the shape and the tokenizer of what it started from.
-    path = pathlib.Path(stage) / "config.json"
-    if not path.exists():
-      raise FileNotFoundError(f"{stage} is not the folder of a stage")
-    init_from = json.loads(path.read_text(encoding="utf-8")).get("init_from")
-    if not init_from:
+    if not config.get("init_from"):
       raise FileNotFoundError(
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
     beside = f"{pathlib.Path(stage).resolve().parent}/"
-    policy = load_policy(init_from.replace(RUN, beside))
+    policy = load_policy(config["init_from"].replace(RUN, beside))
+  # Language models have their loop in the section that they share.
+  loop = config.get("train", config)["loop"]
+  if which == "best" and not loop["best_metric"]:
+    raise FileNotFoundError(
+        f"{place}: the stage kept no best checkpoint: its loop.best_metric is "
+        "''"
+    )
   params = checkpoint.load_params(
       pathlib.Path(stage) / "checkpoints",
-      which if which == "last" else int(which),
+      int(which) if which.isdigit() else which,
       prefixes=("train.params.policy", "params"),
+      best_metric=loop["best_metric"],
+      best_mode=loop["best_mode"],
   )
   return dataclasses.replace(policy, params=params)
 
@@ -164,7 +173,8 @@ def _load(place: str, kind: str):
   if not folder.is_dir():
     raise FileNotFoundError(
         f"{place} holds no finished model ({folder} is not there); name the "
-        "workdir of a stage that ended"
+        "workdir of a stage that ended, or for a policy one of its checkpoints "
+        "as FOLDER@STEP, FOLDER@last or FOLDER@best"
     )
   config, params, extra = checkpoint.load_model(folder)
   if extra["kind"] != kind:

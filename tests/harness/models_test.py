@@ -1,0 +1,102 @@
+"""Where models are read from: stages, their checkpoints, files of others."""
+
+import json
+
+import jax
+import numpy as np
+import pytest
+
+from experiments.harness import models
+from rlhf_jax import checkpoint
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.models import functions
+from rlhf_jax.models.transformer import TransformerConfig
+
+VOCAB_SIZE = 260
+
+
+@pytest.fixture(scope="module")
+def policy():
+  tokenizer = Tokenizer.train_byte_level_bpe(["abc"], VOCAB_SIZE)
+  config = TransformerConfig(
+      vocab_size=VOCAB_SIZE,
+      num_layers=1,
+      width=8,
+      num_heads=1,
+      num_kv_heads=1,
+      head_dim=8,
+      ff_dim=8,
+      max_length=16,
+  )
+  params = functions.init_language_model(jax.random.key(0), config)
+  return models.Policy(config, params, tokenizer)
+
+
+def scaled(policy, factor):
+  return jax.tree.map(lambda x: x * factor, policy.params)
+
+
+def save_checkpoints(stage, policy, scores, init_from):
+  """Step k holds the policy's params times k; see `step_of`."""
+  stage.mkdir(parents=True)
+  settings = {
+      "init_from": init_from,
+      "train": {"loop": {"best_metric": "eval/score", "best_mode": "max"}},
+  }
+  (stage / "config.json").write_text(json.dumps(settings))
+  with checkpoint.Checkpointer(
+      stage / "checkpoints",
+      keep_last=9,
+      best_metric="eval/score",
+      config=settings,
+  ) as checkpointer:
+    for step, score in scores.items():
+      state = {"params": scaled(policy, step)}
+      checkpointer.save(step, state, {}, {"eval/score": score})
+
+
+def step_of(policy, place):
+  """The step whose params are at `place`."""
+  found = models.load_policy(place)
+  ratios = jax.tree.map(np.divide, found.params, policy.params)
+  [step] = np.unique(
+      np.concatenate([np.round(x).ravel() for x in jax.tree.leaves(ratios)])
+  )
+  return step
+
+
+@pytest.fixture
+def stage(policy, tmp_path):
+  """A stage that has not ended, under a name with an @ in it."""
+  run = tmp_path / "me@lab"
+  models.save_policy(run / "pretrain", policy)
+  stage = run / "sft"
+  save_checkpoints(
+      stage, policy, {10: 0.5, 20: 0.9, 30: 0.1}, "@run/pretrain"
+  )
+  return stage
+
+
+@pytest.mark.parametrize("which, step", [("last", 30), ("best", 20), (10, 10)])
+def test_checkpoints_of_a_stage_that_goes_on_are_places(
+    policy, stage, which, step
+):
+  assert step_of(policy, f"{stage}@{which}") == step
+
+
+def test_an_unfinished_newest_checkpoint_is_passed_over(policy, stage):
+  (stage / "checkpoints/step_00000030/checkpoint.json").unlink()
+  assert step_of(policy, f"{stage}@last") == 20
+
+
+def test_best_of_a_stage_that_keeps_none_is_told(stage):
+  path = stage / "config.json"
+  path.write_text(path.read_text().replace("eval/score", ""))
+  with pytest.raises(FileNotFoundError, match="kept no best checkpoint"):
+    models.load_policy(f"{stage}@best")
+
+
+def test_an_at_sign_in_a_path_is_part_of_it(policy, stage):
+  assert step_of(policy, str(stage.parent / "pretrain")) == 1
+  with pytest.raises(FileNotFoundError, match="me@lab/sft@lst holds .*@last"):
+    models.load_policy(f"{stage}@lst")

@@ -310,19 +310,21 @@ def load_params(
     infos = _read_infos([folder for _, _, folder in found])
     candidates = _best_first(infos, best_metric, best_mode)
   else:
-    candidates = [x for step, _, x in reversed(found) if which in ("last", step)]
+    candidates = [
+        folder
+        for step, _, folder in reversed(found)
+        if which in ("last", step)
+    ]
   for folder in candidates:
     info = _read_intact(folder)
     if info is not None:
       return _read_params(folder, info, prefixes)
   steps = sorted({step for step, _, _ in found})
-  wanted = {
-      "last": "no intact checkpoint",
-      "best": f"no intact checkpoint with its {best_metric!r}",
-  }.get(which, f"no intact checkpoint of step {which}")
+  of = f" of step {which}" if isinstance(which, int) else ""
+  of = f" with its {best_metric!r}" if which == "best" else of
   raise CheckpointError(
-      f"{directory} has {wanted}; it has folders of steps "
-      f"{', '.join(map(str, steps)) or '(none)'}"
+      f"{directory} has no checkpoint{of} that is whole; there are folders of "
+      f"steps {', '.join(map(str, steps)) or '(none)'}"
   )
 
 

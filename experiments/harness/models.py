@@ -83,7 +83,12 @@ def save_policy(folder: pathlib.Path, policy: Policy) -> None:
 
 
 def load_policy(place: str) -> Policy:
-  """Reads a policy from a stage's folder or a llama2.c pair of files."""
+  """Reads a policy; see the module's docstring for the places.
+
+  Raises:
+    FileNotFoundError: none is there.
+    checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
+  """
   place = expand(place)
   if place.startswith(LLAMA2C):
     model_path, _, tokenizer_path = place.removeprefix(LLAMA2C).partition(":")
@@ -91,19 +96,13 @@ def load_policy(place: str) -> Policy:
       config, params = llama2c.load_llama2c(model_path)
     except ValueError as error:
       raise checkpoint.CheckpointError(str(error)) from error
-    return Policy(
-        config=config,
-        params=params,
-        tokenizer=Tokenizer.from_sentencepiece(tokenizer_path),
-    )
+    tokenizer = Tokenizer.from_sentencepiece(tokenizer_path)
+    _check_vocabulary(place, config, tokenizer)
+    return Policy(config, params, tokenizer)
   if match := _CHECKPOINT.fullmatch(place):
     return _load_checkpoint(place, *match.groups())
-  config, params, _ = _load(place, "policy")
-  return Policy(
-      config=config,
-      params=params,
-      tokenizer=Tokenizer.load(pathlib.Path(place) / "tokenizer"),
-  )
+  config, params, tokenizer, _ = _load(place, "policy")
+  return Policy(config, params, tokenizer)
 
 
 def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
@@ -155,16 +154,21 @@ def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
 
 
 def load_reward_model(place: str) -> RewardModel:
-  """Reads a reward model from the folder of a reward stage."""
+  """Reads a reward model from the folder of a reward stage.
+
+  Raises:
+    FileNotFoundError: none is there.
+    checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
+  """
   place = expand(place)
-  config, params, extra = _load(place, "reward_model")
+  config, params, tokenizer, extra = _load(place, "reward_model")
   return RewardModel(
       config=config,
       params=params,
       normalization=ScoreNormalization(
           gain=jnp.float32(extra["gain"]), bias=jnp.float32(extra["bias"])
       ),
-      tokenizer=Tokenizer.load(pathlib.Path(place) / "tokenizer"),
+      tokenizer=tokenizer,
   )
 
 
@@ -181,8 +185,19 @@ def _load(place: str, kind: str):
     raise FileNotFoundError(
         f"{place} holds a {extra['kind']}, and a {kind} is needed here"
     )
-  return (
-      config_lib.from_config(TransformerConfig, config, str(folder)),
-      params,
-      extra,
-  )
+  config = config_lib.from_config(TransformerConfig, config, str(folder))
+  tokenizer = Tokenizer.load(pathlib.Path(place) / "tokenizer")
+  _check_vocabulary(place, config, tokenizer)
+  return config, params, tokenizer, extra
+
+
+def _check_vocabulary(
+    place: str, config: TransformerConfig, tokenizer: Tokenizer
+) -> None:
+  # A token without an embedding would read as NaN.
+  if tokenizer.vocab_size > config.vocab_size:
+    raise checkpoint.CheckpointError(
+        f"{place}: the tokenizer has {tokenizer.vocab_size} tokens, more than "
+        f"the model's vocabulary {config.vocab_size}; give the tokenizer that "
+        "the model was trained with"
+    )

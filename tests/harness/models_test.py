@@ -1,16 +1,20 @@
 """Where models are read from: stages, their checkpoints, files of others."""
 
 import json
+import struct
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+import sentencepiece
 
 from experiments.harness import models
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
 from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.types import ScoreNormalization
 
 VOCAB_SIZE = 260
 
@@ -100,3 +104,57 @@ def test_an_at_sign_in_a_path_is_part_of_it(policy, stage):
   assert step_of(policy, str(stage.parent / "pretrain")) == 1
   with pytest.raises(FileNotFoundError, match="me@lab/sft@lst holds .*@last"):
     models.load_policy(f"{stage}@lst")
+
+
+# ---- The model and its tokenizer ---------------------------------------------
+
+
+def assert_refused(load, place, *, tokenizer, model):
+  with pytest.raises(checkpoint.CheckpointError) as error:
+    load(place)
+  message = str(error.value)
+  assert message.startswith(place)
+  assert f"tokenizer has {tokenizer} tokens" in message
+  assert f"model's vocabulary {model}" in message
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(
+    policy, stage, tmp_path
+):
+  larger = Tokenizer.train_byte_level_bpe(["abcd efgh " * 9], VOCAB_SIZE + 3)
+  sizes = dict(tokenizer=larger.vocab_size, model=VOCAB_SIZE)
+  assert larger.vocab_size > VOCAB_SIZE
+  models.save_policy(stage.parent / "odd", policy)
+  larger.save(stage.parent / "odd" / "tokenizer")
+  assert_refused(models.load_policy, str(stage.parent / "odd"), **sizes)
+
+  normalization = ScoreNormalization(gain=jnp.float32(1), bias=jnp.float32(0))
+  reward_model = models.RewardModel(
+      policy.config, policy.params, normalization, larger
+  )
+  models.save_reward_model(tmp_path / "reward", reward_model)
+  assert_refused(models.load_reward_model, str(tmp_path / "reward"), **sizes)
+
+
+def test_a_llama2c_model_with_another_tokenizer_is_refused(tmp_path):
+  # dim, hidden_dim, n_layers, n_heads, n_kv_heads, vocab_size, seq_len
+  header = (8, 12, 1, 2, 1, 300, 16)
+  num_weights = 300 * 8 + (2 * 8 + 2 * 64 + 2 * 32 + 3 * 96) + 8 + 16 * 4
+  (tmp_path / "model.bin").write_bytes(
+      struct.pack("<7i", *header) + bytes(4 * num_weights)
+  )
+  texts = [" ".join(map(str, range(i, i + 30))) for i in range(999)]
+  for size in (290, 310):
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(texts),
+        model_prefix=str(tmp_path / str(size)),
+        vocab_size=size,
+        model_type="bpe",
+        minloglevel=2,
+    )
+  place = f"llama2c:{tmp_path}/model.bin:{tmp_path}/{{}}.model"
+  # Padded vocabularies are common.
+  assert models.load_policy(place.format(290)).tokenizer.vocab_size == 290
+  assert_refused(
+      models.load_policy, place.format(310), tokenizer=310, model=300
+  )

@@ -38,6 +38,7 @@ from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.rewards.episodes import Episodes, RewardFn
+from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import ppo
 
 
@@ -197,20 +198,20 @@ def run(config: Config, workdir: str) -> None:
       policy.tokenizer,
       config.samples,
   )
+  prompts = encode("train", config.prompts)
+  heldout_prompts = encode("heldout", config.heldout_prompts)
+  ptx_rows = make_ptx_rows(config, policy, reader)
+  make_batches = lambda rows, batch_size: iter(
+      pipeline.make_dataset(rows, batch_size=batch_size, seed=config.seed)
+  )
   batches = Batches(
-      iter(
-          pipeline.make_dataset(
-              encode("train", config.prompts),
-              batch_size=config.rollout_batch_size,
-              seed=config.seed,
-          )
-      ),
-      make_ptx_batches(config, policy, reader),
+      make_batches(prompts, config.rollout_batch_size),
+      ptx_rows and make_batches(ptx_rows, config.ptx_batch_size),
   )
   sampler = evaluator.Evaluator(
       policy.config,
       policy.tokenizer,
-      encode("heldout", config.heldout_prompts),
+      heldout_prompts,
       config.samples.sampling(policy.tokenizer),
       ref_policy=ref_policy,
       reward_fn=reward_fn,
@@ -242,6 +243,14 @@ def run(config: Config, workdir: str) -> None:
       evaluate=evaluate,
       skipped_steps=lambda state: state.train.skipped_steps,
       unit="iteration",
+      inputs={
+          "prompts": prompts,
+          "held-out prompts": heldout_prompts,
+          "documents": ptx_rows,
+          "reference policy": ref_policy.params,
+          "reward model": reward_model
+          and (reward_model.params, reward_model.normalization),
+      },
   )
   state = loop.run_loop(
       task, config.loop, workdir=str(out.dir), config=out.config
@@ -349,10 +358,10 @@ def init_value(
   }
 
 
-def make_ptx_batches(
+def make_ptx_rows(
     config: Config, policy: models.Policy, reader: sources.Reader
-):
-  """An iterator over packed pretraining text, or None without PTX."""
+) -> LMBatch | None:
+  """Packed pretraining text, or None without PTX."""
   if not config.ppo.ptx_coef:
     return None
   examples, report = encoding.encode_documents(
@@ -362,13 +371,8 @@ def make_ptx_batches(
       policy="split",
   )
   logging.info("ppo: PTX documents: %s", report)
-  rows = packing.pack(
+  return packing.pack(
       examples, config.ptx_seq_len, pad_id=policy.tokenizer.pad_id
-  )
-  return iter(
-      pipeline.make_dataset(
-          rows, batch_size=config.ptx_batch_size, seed=config.seed
-      )
   )
 
 

@@ -136,6 +136,7 @@ def run(config: Config, workdir: str) -> None:
           [],
       ),
       skipped_steps=lambda state: state.skipped_steps,
+      inputs={"comparisons": train, "held-out comparisons": heldout},
   )
   state = loop.run_loop(
       task, config.loop, workdir=str(out.dir), config=out.config

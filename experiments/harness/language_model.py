@@ -155,6 +155,7 @@ def train(
           sampler.rows(state.params),
       ),
       skipped_steps=lambda state: state.skipped_steps,
+      inputs={"training data": rows, "held-out data": heldout},
   )
   state = loop.run_loop(
       task, cfg.loop, workdir=str(out.dir), config=out.config

@@ -1,7 +1,8 @@
 """The one training loop: resume, step, log, evaluate, save, guard.
 
   1. Restore: the newest whole checkpoint of this workdir, if there is one; the
-     metric files are cut back to its step, the data iterator set to it.
+     metric files are cut back to its step, the data iterator set to it. If the
+     stage's inputs are not those that it was saved with, the run is refused.
   2. Step: while one step runs on the device, the metrics of the one before it
      are fetched.
   3. Guard: an optimizer step that was not finite changed nothing; its batch is
@@ -17,6 +18,7 @@ A stage gives it `step(state, batch) -> (state, metrics, evidence)`, where
 
 from collections.abc import Callable
 import dataclasses
+import hashlib
 import pathlib
 import sys
 import time
@@ -96,6 +98,9 @@ class Task:
   batches: an iterator with get_state() and set_state().
   skipped_steps: how many optimizer steps in a row were not applied.
   unit: what one call of `step` is called.
+  inputs: what the stage read from other places, a pytree of arrays under each
+    name: data, and models that train others. Places stay what they are when
+    their contents change, so a resumed run compares these.
   """
 
   name: str
@@ -105,6 +110,7 @@ class Task:
   evaluate: Callable[[Any], tuple[dict[str, float], list[dict]]]
   skipped_steps: Callable[[Any], Any]
   unit: Literal["step", "iteration"] = "step"
+  inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
 def run_loop(
@@ -117,6 +123,7 @@ def run_loop(
 
   Raises:
     checkpoint.ConfigMismatch: if the workdir holds a run of another config.
+    ConfigError: if it holds a run of other inputs.
     NonFiniteError: after too many steps in a row that were not finite.
   """
   writer = MetricWriter(
@@ -129,9 +136,10 @@ def run_loop(
       best_mode=cfg.best_mode,
       config=config,
   )
+  fingerprints = {name: _fingerprint(x) for name, x in task.inputs.items()}
   try:
-    start = _restore(task, checkpointer, writer)
-    _Loop(task, cfg, workdir, writer, checkpointer).run(start)
+    start = _restore(task, fingerprints, checkpointer, writer, workdir)
+    _Loop(task, fingerprints, cfg, workdir, writer, checkpointer).run(start)
     checkpointer.wait()
   finally:
     checkpointer.close()
@@ -139,13 +147,37 @@ def run_loop(
   return task.state
 
 
-def _restore(task: Task, checkpointer, writer: MetricWriter) -> int:
+def _fingerprint(tree: Any) -> str:
+  """A hash of names, shapes, dtypes and contents."""
+  found = hashlib.sha256()
+  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+    array = np.asarray(leaf)
+    found.update(f"{path} {array.shape} {array.dtype}\n".encode())
+    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+  return found.hexdigest()
+
+
+def _restore(
+    task: Task,
+    fingerprints: dict[str, str],
+    checkpointer: checkpoint.Checkpointer,
+    writer: MetricWriter,
+    workdir: str,
+) -> int:
   restored = checkpointer.restore_latest(task.state)
   if restored is None:
     writer.truncate_after(-1)
     return 0
-  step, task.state, iterator_state = restored
-  task.batches.set_state(iterator_state)
+  step, task.state, saved = restored
+  names = sorted(fingerprints.keys() | saved["inputs"].keys())
+  changed = [x for x in names if fingerprints.get(x) != saved["inputs"].get(x)]
+  if changed:
+    raise ConfigError(
+        f"{workdir} cannot go on from step {step}: what {task.name} reads has "
+        f"changed since: {', '.join(changed)}. Put back what was there, or "
+        "start anew in another --workdir"
+    )
+  task.batches.set_state(saved["batches"])
   writer.truncate_after(step)
   logging.info("%s: resumed at step %d", task.name, step)
   return step
@@ -154,8 +186,9 @@ def _restore(task: Task, checkpointer, writer: MetricWriter) -> int:
 class _Loop:
   """The loop's running parts, together only so that methods can share them."""
 
-  def __init__(self, task, cfg, workdir, writer, checkpointer):
+  def __init__(self, task, fingerprints, cfg, workdir, writer, checkpointer):
     self.task, self.cfg, self.workdir = task, cfg, pathlib.Path(workdir)
+    self.fingerprints = fingerprints
     self.writer, self.checkpointer = writer, checkpointer
     self.pending = None
     self.totals: metrics_lib.Metrics = {}
@@ -282,7 +315,10 @@ class _Loop:
     self.checkpointer.save(
         step,
         self.task.state,
-        self.task.batches.get_state(),
+        {
+            "batches": self.task.batches.get_state(),
+            "inputs": self.fingerprints,
+        },
         # Those of an older state are not this one's.
         metrics=(numbers or None) if evaluated_at == step else None,
     )

@@ -274,6 +274,42 @@ def test_a_checkpoint_holds_no_evaluation_of_another_step(tmp_path):
   assert saved(tmp_path / "resumed") == wanted
 
 
+def files(folder):
+  return {
+      path: path.read_bytes() for path in folder.rglob("*") if path.is_file()
+  }
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"text": {"x": np.arange(7.0)}},
+        {"text": {"x": np.arange(6.0) + (np.arange(6) == 5)}},
+        {"text": {"x": np.arange(6.0).reshape(2, 3)}},
+        {"text": {"x": np.arange(6.0, dtype=np.float32)}},
+        {"text": {"y": np.arange(6.0)}},
+        {"text": None},
+    ],
+)
+def test_a_resumed_run_refuses_inputs_that_have_changed(tmp_path, changed):
+  inputs = {"text": {"x": np.arange(6.0)}, "model": jnp.ones((2, 2))}
+
+  def go_on(num_steps, inputs):
+    task = dataclasses.replace(make_task(), inputs=inputs)
+    return train(task, config(num_steps), tmp_path)
+
+  go_on(2, inputs)
+  before = files(tmp_path)
+  with pytest.raises(ConfigError, match="from step 2: .* since: text. Put"):
+    go_on(4, inputs | changed)
+  with pytest.raises(ConfigError, match="since: model, text. Put"):
+    go_on(4, changed)
+  assert files(tmp_path) == before
+  # Equal contents, read anew.
+  again = {"text": {"x": np.arange(6.0)}, "model": np.ones((2, 2), np.float32)}
+  assert int(go_on(4, again).step) == 4
+
+
 def test_a_best_metric_that_nobody_measures_is_told_at_once(tmp_path):
   cfg = config(6, best_metric="eval/wins")
   with pytest.raises(ConfigError, match="'eval/wins' is not among .*: eval/w"):

@@ -1,5 +1,6 @@
 """A run that is killed and started again ends as one that never was."""
 
+import dataclasses
 import functools
 import json
 import os
@@ -11,8 +12,9 @@ import time
 
 import pytest
 
-from experiments import sft
-from experiments.harness.config import from_config
+from experiments import ppo, sft
+from experiments.harness import models
+from experiments.harness.config import ConfigError, from_config
 from rlhf_jax import array_folder, checkpoint
 from tests.experiments import tiny
 
@@ -235,6 +237,52 @@ def _contents(folder: pathlib.Path) -> dict[pathlib.Path, tuple[int, bytes]]:
       for path in sorted(folder.rglob("*"))
       if path.is_file()
   }
+
+
+def test_every_stage_remembers_what_it_was_trained_on(finished_run):
+  inputs = {
+      name: set(
+          array_folder.read_info(
+              finished_run / name / "checkpoints" / "step_00000002"
+          )["iterator_state"]["inputs"]
+      )
+      for name in ("pretrain", "sft", "reward", "ppo")
+  }
+  text = {"training data", "held-out data"}
+  assert inputs == {
+      "pretrain": text,
+      "sft": text,
+      "reward": {"comparisons", "held-out comparisons"},
+      "ppo": {
+          "prompts",
+          "held-out prompts",
+          "documents",
+          "reference policy",
+          "reward model",
+      },
+  }
+
+
+def test_a_reward_model_that_was_trained_anew_in_place_is_noticed(
+    finished_run, tmp_path
+):
+  run = tmp_path / "run"
+  shutil.copytree(finished_run, run)
+  _unfinish(run / "ppo")
+  config = from_config(ppo.Config, tiny.stage("ppo", run))
+  model = models.load_reward_model(str(run / "reward"))
+  normalization = dataclasses.replace(
+      model.normalization, bias=model.normalization.bias + 1
+  )
+  models.save_reward_model(
+      run / "reward", dataclasses.replace(model, normalization=normalization)
+  )
+  with pytest.raises(ConfigError, match="changed since: reward model. Put"):
+    ppo.run(config, str(run / "ppo"))
+  # What it was before is taken.
+  models.save_reward_model(run / "reward", model)
+  ppo.run(config, str(run / "ppo"))
+  assert_same_run(run / "ppo", finished_run / "ppo")
 
 
 def test_best_and_last_checkpoints_are_kept(uninterrupted):

@@ -15,6 +15,7 @@ Paths are those of a local or mounted file system that all processes share;
 process 0 writes `checkpoint.json` and deletes.
 """
 
+from collections.abc import Collection
 import concurrent.futures
 import json
 import logging
@@ -64,6 +65,7 @@ class Checkpointer:
     best_metric: name of the metric whose best checkpoint also stays, or None.
     best_mode: whether the largest or the smallest value is best.
     config: JSON-able; a checkpoint saved under another one is refused.
+    free_fields: names of fields of the config, at any depth, that may differ.
   """
 
   def __init__(
@@ -74,6 +76,7 @@ class Checkpointer:
       best_metric: str | None = None,
       best_mode: Literal["max", "min"] = "max",
       config: dict[str, Any],
+      free_fields: Collection[str] = (),
   ):
     if keep_last < 1:
       raise ValueError(f"keep_last must be at least 1, not {keep_last}")
@@ -84,6 +87,7 @@ class Checkpointer:
     self._best_metric = best_metric
     self._best_mode = best_mode
     self._config = json.loads(json.dumps(config))
+    self._free_fields = free_fields
     self._damaged: set[str] = set()
     _make_directory(self._directory)
     # Read once: from here on every process counts the attempts alike, however
@@ -271,7 +275,9 @@ class Checkpointer:
     return info
 
   def _restore(self, folder, info, abstract_state):
-    differences = config_differences(info["config"], self._config)
+    differences = config_differences(
+        info["config"], self._config, free_fields=self._free_fields
+    )
     if differences:
       raise ConfigMismatch(
           f"checkpoint {folder} was saved with another config:\n  "
@@ -344,19 +350,28 @@ def _read_params(
 
 
 def config_differences(
-    saved: Any, given: Any, path: str = ""
+    saved: Any,
+    given: Any,
+    path: str = "",
+    *,
+    free_fields: Collection[str] = (),
 ) -> list[str]:
-  """Lines 'dotted.path: saved x, given y', one for each field that differs."""
+  """Lines 'dotted.path: saved x, given y', one for each field that differs.
+
+  Fields with a name in `free_fields`, at any depth, are passed over.
+  """
   if isinstance(saved, dict) and isinstance(given, dict):
     lines = []
-    for name in sorted(saved.keys() | given.keys()):
+    for name in sorted((saved.keys() | given.keys()) - set(free_fields)):
       inner = f"{path}.{name}" if path else name
       if name not in saved:
         lines.append(f"{inner}: saved nothing, given {given[name]!r}")
       elif name not in given:
         lines.append(f"{inner}: saved {saved[name]!r}, given nothing")
       else:
-        lines += config_differences(saved[name], given[name], inner)
+        lines += config_differences(
+            saved[name], given[name], inner, free_fields=free_fields
+        )
     return lines
   # Compared as text: True is not 1, and NaN is NaN.
   if json.dumps(saved) == json.dumps(given):

@@ -512,6 +512,19 @@ def test_another_config_is_refused_with_the_fields(tmp_path):
   ]
 
 
+def test_free_fields_may_differ_at_any_depth(tmp_path):
+  _save_steps(tmp_path, [1], config={"a": {"keep": 1, "lr": 1}, "keep": 1})
+  given = {"a": {"lr": 1, "keep": 2}}
+  with _open(tmp_path, config=given, free_fields=["keep"]) as checkpointer:
+    assert checkpointer.restore_latest(_small(0))[0] == 1
+  given["a"]["lr"] = 2
+  with _open(tmp_path, config=given, free_fields=["keep"]) as checkpointer:
+    with pytest.raises(checkpoint.ConfigMismatch) as error:
+      checkpointer.restore_latest(_small(0))
+  assert "a.lr: saved 1, given 2" in str(error.value)
+  assert "keep" not in str(error.value)
+
+
 def test_configs_with_nan_and_tuples_equal_themselves(tmp_path):
   config = {"a": float("nan"), "b": (1, 2), "c": {"d": None}}
   _save_steps(tmp_path, [1], config=config)

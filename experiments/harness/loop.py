@@ -31,6 +31,7 @@ import tqdm
 
 from experiments.harness.config import ConfigError
 from experiments.harness.metric_writer import MetricWriter
+from experiments.harness.stage import FREE_FIELDS
 from rlhf_jax import checkpoint
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.updates.gradient import NONFINITE, NONFINITE_STEPS
@@ -135,6 +136,7 @@ def run_loop(
       best_metric=cfg.best_metric or None,
       best_mode=cfg.best_mode,
       config=config,
+      free_fields=FREE_FIELDS,
   )
   fingerprints = {name: _fingerprint(x) for name, x in task.inputs.items()}
   try:

@@ -1,7 +1,8 @@
 """A stage's folder: what it was asked to do, and whether it is done.
 
     config.json      the whole config, from the first moment; places beside the
-                     folder start with `@run/`, so that a run can be moved
+                     folder start with `@run/`, so that a run can be moved. Of
+                     fields that may change on the way, the latest
     versions.json    packages, commit, device and command
     finished.json    the stage's summary; its presence says that it is done
 """
@@ -22,6 +23,17 @@ from experiments.harness import config as config_lib
 from experiments.harness import models
 from rlhf_jax import checkpoint
 
+# What a run may be taken up with another value of: these decide what is kept
+# and shown, when it stops, and how much memory it takes, and no result. They
+# are compared by name, at any depth.
+FREE_FIELDS = (
+    "keep_checkpoints",
+    "max_nonfinite_steps",
+    "num_microbatches",
+    "tensorboard",
+    "wandb",
+)
+
 
 class Stage:
   """One stage's folder, or a whole run's; see the module's docstring.
@@ -32,7 +44,8 @@ class Stage:
     finished: True if an earlier run of the same config ended well.
 
   Raises:
-    checkpoint.ConfigMismatch: if the folder holds a run of another config.
+    checkpoint.ConfigMismatch: if the folder holds a run of another config, in
+      more than `FREE_FIELDS`.
   """
 
   def __init__(self, workdir: str, config: Any, *, is_run: bool = False):
@@ -43,24 +56,41 @@ class Stage:
     if not is_run:
       self.config = _replaced(self.config, beside, models.RUN)
     self.dir.mkdir(parents=True, exist_ok=True)
+    self.finished = (self.dir / "finished.json").exists()
     path = self.dir / "config.json"
     if path.exists():
-      # JSON's own view of both, so that tuples and lists are alike.
-      saved = json.loads(path.read_text())
-      given = json.loads(json.dumps(self.config))
-      differences = checkpoint.config_differences(saved, given)
-      if differences:
-        raise checkpoint.ConfigMismatch(
-            f"{self.dir} holds a run of another config:\n  "
-            + "\n  ".join(differences)
-            + "\nuse the saved config, or another --workdir"
-        )
+      self._compare(path)
     else:
       write_json(path, self.config)
       write_json(self.dir / "versions.json", versions())
-    self.finished = (self.dir / "finished.json").exists()
     if self.finished:
       logging.info("%s is finished already", self.dir)
+
+  def _compare(self, path: pathlib.Path) -> None:
+    # JSON's own view of both, so that tuples and lists are alike.
+    saved = json.loads(path.read_text())
+    given = json.loads(json.dumps(self.config))
+    refused = checkpoint.config_differences(
+        saved, given, free_fields=FREE_FIELDS
+    )
+    if refused:
+      raise checkpoint.ConfigMismatch(
+          f"{self.dir} holds a run of another config:\n  "
+          + "\n  ".join(refused)
+          + "\nuse the saved config, or another --workdir"
+      )
+    changed = checkpoint.config_differences(saved, given)
+    if not changed or self.finished:
+      return
+    logging.info("%s goes on with %s", self.dir, "; ".join(changed))
+    if any("num_microbatches:" in line for line in changed):
+      # Sums over rows are then taken in another order.
+      logging.warning(
+          "%s: another num_microbatches rounds otherwise: from here on the run "
+          "equals one of either number up to rounding, no longer bitwise",
+          self.dir,
+      )
+    write_json(path, self.config)
 
   def finish(self, summary: dict[str, Any]) -> None:
     """Marks the stage as done; says how long it took, if no loop has."""

@@ -10,6 +10,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from experiments import ppo, sft
@@ -220,6 +221,50 @@ def test_checkpoints_alone_refuse_another_config(
   config = sft_config(finished_run)
   config.train.seed = 1
   with pytest.raises(checkpoint.ConfigMismatch, match="train.seed: saved 0"):
+    sft.run(from_config(sft.Config, config), str(workdir))
+
+
+def test_what_changes_no_result_may_change_on_the_way(
+    uninterrupted, finished_run, tmp_path, caplog
+):
+  _, whole = uninterrupted("sft")
+  workdir = tmp_path / "sft"
+  shutil.copytree(whole, workdir)
+  _unfinish(workdir)
+  # Back to where the newest checkpoint but one was saved.
+  shutil.rmtree(workdir / "checkpoints" / "step_00000012")
+  config = sft_config(finished_run)
+  config.train.loop.update(
+      tensorboard=True, keep_checkpoints=5, max_nonfinite_steps=99
+  )
+  with caplog.at_level("INFO", logger="absl"):
+    sft.run(from_config(sft.Config, config), str(workdir))
+  assert_same_run(workdir, whole)
+  assert "train.loop.keep_checkpoints: saved 2, given 5" in caplog.text
+  assert "rounds otherwise" not in caplog.text
+  saved = json.loads((workdir / "config.json").read_text())
+  assert saved["train"]["loop"]["max_nonfinite_steps"] == 99
+
+
+def test_other_microbatches_are_taken_and_told(
+    uninterrupted, finished_run, tmp_path, caplog
+):
+  _, whole = uninterrupted("sft")
+  workdir = tmp_path / "sft"
+  shutil.copytree(whole, workdir)
+  _unfinish(workdir)
+  shutil.rmtree(workdir / "checkpoints" / "step_00000012")
+  config = sft_config(finished_run)
+  config.train.sft.num_microbatches = 2
+  with caplog.at_level("WARNING", logger="absl"):
+    sft.run(from_config(sft.Config, config), str(workdir))
+  assert "rounds otherwise" in caplog.text
+  found, wanted = tiny.model_arrays(workdir), tiny.model_arrays(whole)
+  for name, array in wanted.items():
+    np.testing.assert_allclose(found[name], array, atol=1e-4, err_msg=name)
+  # But not the number of devices.
+  config.train.num_devices = 2
+  with pytest.raises(checkpoint.ConfigMismatch, match="train.num_devices"):
     sft.run(from_config(sft.Config, config), str(workdir))
 
 

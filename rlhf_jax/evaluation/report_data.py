@@ -18,8 +18,17 @@ import numpy as np
 from rlhf_jax.evaluation.intervals import Interval
 from rlhf_jax.evaluation.tolerant_json import TolerantReader, finite, number
 
-# The order in which stages run; any other folder with metrics comes after.
-STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
+# In the order in which they run. Another folder is none of the run's: what
+# somebody tried beside it has no part in its curves and its time.
+STAGES = (
+    "pretrain",
+    "sft",
+    "preferences",
+    "reward",
+    "judge",
+    "ppo",
+    "evaluate",
+)
 _LABELS = {"base": "Base", "sft": "SFT", "ppo": "PPO"}
 
 
@@ -137,9 +146,8 @@ def read_run(run_dir: str | os.PathLike) -> RunData:
   if not root.is_dir():
     raise FileNotFoundError(f"{root}: no such run folder")
   reader = _Reader(root)
-  stages = _stages(root)
-  curves = {s: reader.curves(f"{s}/metrics.jsonl") for s in stages}
-  seconds = {s: reader.seconds(f"{s}/timing.jsonl") for s in stages}
+  curves = {s: reader.curves(f"{s}/metrics.jsonl") for s in STAGES}
+  seconds = {s: reader.seconds(f"{s}/timing.jsonl") for s in STAGES}
   return RunData(
       name=root.resolve().name,
       config=reader.config(),
@@ -151,16 +159,6 @@ def read_run(run_dir: str | os.PathLike) -> RunData:
       completions=reader.completions("evaluate/completions.jsonl"),
       problems=tuple(reader.problems),
   )
-
-
-def _stages(root: pathlib.Path) -> list[str]:
-  found = {
-      path.parent.name
-      for name in ("metrics.jsonl", "timing.jsonl")
-      for path in root.glob(f"*/{name}")
-  }
-  known = [s for s in STAGES if s in found]
-  return known + sorted(found - set(STAGES))
 
 
 def _interval(value: Any) -> Interval | None:

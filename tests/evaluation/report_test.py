@@ -329,6 +329,19 @@ def test_without_a_judge_the_score_is_told_and_that_it_is_no_truth(tmp_path):
   assert "whether a higher score is better is not known" in told
 
 
+def test_folders_beside_the_stages_are_no_part_of_the_run(tmp_path):
+  for name in ("ppo2", "judge", "sft"):
+    append(
+        tmp_path / name / "timing.jsonl",
+        '{"step": 2, "seconds_per_step": 50}\n',
+    )
+    append(tmp_path / name / "metrics.jsonl", '{"step": 2, "eval/loss": 1}\n')
+  run = report_data.read_run(tmp_path)
+  assert run.seconds == {"sft": 100, "judge": 100}
+  assert list(run.curves) == ["sft", "judge"]
+  assert "Training time 3:20 (sft 1:40" in report.summary_text(tmp_path)
+
+
 def test_stages_that_were_run_one_by_one_show_their_configs(tmp_path):
   synthetic_run.write_json(tmp_path / "sft" / "config.json", {"lr": 0.25})
   assert report_data.read_run(tmp_path).config == {"sft": {"lr": 0.25}}

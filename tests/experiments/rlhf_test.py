@@ -93,6 +93,35 @@ def test_every_stage_measures_under_its_own_name(finished_run):
   assert first["ppo/rollout_logprob_gap"] < 1e-4
 
 
+def test_every_metric_is_explained_in_one_line(finished_run):
+  text = (tiny.REPO / "CONTRIBUTING.md").read_text()
+  section = text.partition("\n## Metrics\n")[2].partition("\n## ")[0]
+  explained = [
+      name
+      for line in section.splitlines()
+      if line.startswith("| `")
+      for name in re.findall("`([^`]+)`", line.split("|")[1])
+  ]
+  written = {
+      name
+      for file in ("metrics.jsonl", "timing.jsonl")
+      for path in finished_run.glob(f"*/{file}")
+      for row in tiny.read_jsonl(path)
+      for name in row
+  }
+  evaluation = json.loads(
+      (finished_run / "evaluate" / "evaluation.json").read_text()
+  )
+  for numbers in evaluation["policies"].values():
+    measured = numbers.keys() - {"families", "parts"}
+    written |= {
+        name if name == "distinct_2" else f"eval/{name}" for name in measured
+    }
+  assert len(written) > 40
+  times = {name: explained.count(name) for name in written - {"step"}}
+  assert {name: n for name, n in times.items() if n != 1} == {}
+
+
 def test_the_report_needs_nothing_beside_itself(finished_run):
   page = (finished_run / "report.html").read_text()
   assert "<script" not in page and "<link" not in page

@@ -81,13 +81,18 @@ class Config:
   num_logged_samples: int
 
   def __post_init__(self):
+    checks.check_ranges(
+        self, "", {"seed": "seed", "num_logged_samples": ">= 0"}
+    )
     _check_ppo(self.ppo)
     checks.check_optimizer(self.optimizer, self.num_updates)
+    checks.check_loop(self.loop)
     parts = self.ppo.num_minibatches * self.ppo.num_microbatches
     language_model.check_divides(
         self.rollout_batch_size, parts, self.num_devices, "rollout_batch_size"
     )
     if self.ppo.ptx_coef:
+      checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})
       language_model.check_divides(
           self.ptx_batch_size, parts, self.num_devices, "ptx_batch_size"
       )
@@ -133,7 +138,8 @@ def _check_ppo(cfg: ppo.PPOConfig) -> None:
       "entropy_coef": ">= 0",
       "ptx_coef": ">= 0",
       "kl_coef": ">= 0",
-      "max_update_kl": "> 0",
+      "max_update_kl": "> 0 or inf",
+      "missing_eos_score": "finite",
   }
   if cfg.kl_controller == "adaptive":
     # It multiplies kl_coef: 0 would stay 0.

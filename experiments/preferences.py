@@ -25,7 +25,14 @@ from absl import logging
 import jax
 import numpy as np
 
-from experiments.harness import cli, evaluator, models, sources, stage
+from experiments.harness import (
+    checks,
+    cli,
+    evaluator,
+    models,
+    sources,
+    stage,
+)
 from rlhf_jax.data import records
 from rlhf_jax.generation import decode
 from rlhf_jax.models import heads
@@ -55,6 +62,7 @@ class Config:
       raise ValueError(
           f"num_completions must be at least 2: {self.num_completions}"
       )
+    checks.check_ranges(self, "", {"seed": "seed", "batch_size": ">= 1"})
 
 
 def run(config: Config, workdir: str) -> None:

@@ -75,7 +75,18 @@ class Config:
     language_model.check_divides(
         self.batch_size, self.reward.num_microbatches, self.num_devices
     )
+    checks.check_ranges(
+        self,
+        "",
+        {
+            "seed": "seed",
+            "max_prompt_length": ">= 1",
+            "max_completion_length": ">= 1",
+        },
+    )
+    checks.check_ranges(self.reward, "reward", {"center_coef": ">= 0"})
     checks.check_optimizer(self.optimizer, self.loop.num_steps)
+    checks.check_loop(self.loop)
 
 
 def run(config: Config, workdir: str) -> None:
@@ -309,6 +320,13 @@ def encode(
   return batch, [x for i, x in enumerate(comparisons) if i not in dropped]
 
 
+def _fit_normalization(scores: jax.Array) -> ScoreNormalization:
+  try:
+    return reward_update.fit_score_normalization(scores)
+  except ValueError as error:
+    raise cli.UserError(str(error)) from error
+
+
 def _normalize(
     config: Config,
     policy: models.Policy,
@@ -318,7 +336,7 @@ def _normalize(
     known_scores: np.ndarray,
 ) -> ScoreNormalization:
   if not config.ref_policy:
-    return reward_update.fit_score_normalization(jnp.asarray(known_scores))
+    return _fit_normalization(jnp.asarray(known_scores))
   ref_policy = models.load_policy(config.ref_policy)
   prompts = evaluator.encode_prompts(
       reader.prompts(config.normalize_on, "train"),
@@ -337,7 +355,7 @@ def _normalize(
   raw = evaluator.make_reward_fn(
       models.RewardModel(policy.config, params, one, policy.tokenizer)
   )(Episodes(rollout, ref_policy.tokenizer))
-  return reward_update.fit_score_normalization(raw)
+  return _fit_normalization(raw)
 
 
 def _check_fits(config: Config, policy: models.Policy) -> None:

@@ -261,7 +261,7 @@ def test_what_is_saved_of_a_bad_iteration_holds_the_ptx_batch(
   settings = tiny.stage("ppo", finished_run)
   settings.loop.update(tiny.loop(1), max_nonfinite_steps=9)
   settings.heldout_prompts.limit = 4
-  settings.optimizer.learning_rate = float("inf")
+  settings.ppo.vf_coef = 3e38  # whose product with the loss is infinite
   settings.update(ptx_batch_size=8, ptx_seq_len=32)
   settings.ptx_documents.source = f"text:{text}"
   settings.ppo.update(ptx_coef=0.5, num_epochs=1)

@@ -18,7 +18,8 @@ from ml_collections import config_flags
 from experiments.harness import config as config_lib
 from experiments.harness import loop
 from rlhf_jax import checkpoint
-from rlhf_jax.data import encoding, pipeline, readers, tokenizer
+from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
+from rlhf_jax.rewards import episodes
 
 
 class UserError(ValueError):
@@ -31,12 +32,14 @@ _EXPECTED = (
     checkpoint.CheckpointError,
     checkpoint.ConfigMismatch,
     checkpoint.StateMismatch,
+    chat.ChatTemplateError,
     encoding.LengthError,
     pipeline.DatasetError,
     readers.ReadError,
+    episodes.RuleError,
     tokenizer.TokenizerError,
     loop.NonFiniteError,
-    FileNotFoundError,
+    OSError,  # Files and folders that are not there, or not ours to use.
 )
 
 

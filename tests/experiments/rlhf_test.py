@@ -14,6 +14,7 @@ from experiments import ppo, preferences, pretrain, reward, rlhf, sft
 from experiments.harness import cli, models
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax import checkpoint
+from rlhf_jax.updates import reward as reward_update
 from tests.experiments import tiny
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
@@ -345,6 +346,41 @@ def test_a_reward_rule_that_is_not_there_is_named(finished_run, tmp_path):
         reward_rule="math:no_such",
         value_init="zero",
     )
+
+
+def no_score(prompt: str, completion: str) -> float:
+  """A rule that breaks its promise of a finite number."""
+  del prompt, completion
+  return float("nan")
+
+
+@pytest.mark.parametrize("rule, part", [
+    (f"{__name__}:no_score", "the reward rule gave nan for the completion"),
+    ("math:pi", "3.14159"),
+])
+def test_a_reward_rule_that_gives_no_score_is_told(
+    finished_run, tmp_path, capsys, rule, part
+):
+  changes = dict(reward_model="", reward_rule=rule, value_init="zero")
+  message = told(
+      capsys, lambda: one_ppo_step(finished_run, tmp_path / "ppo", **changes)
+  )
+  assert part in message
+
+
+def test_a_reward_model_that_scores_all_alike_is_told(
+    finished_run, tmp_path, capsys, monkeypatch
+):
+  settings = tiny.stage("reward", finished_run)
+  settings.loop.update(tiny.loop(1))
+  fit = reward_update.fit_score_normalization
+  monkeypatch.setattr(
+      reward_update, "fit_score_normalization", lambda score: fit(0 * score)
+  )
+  message = told(
+      capsys, lambda: run_stage(reward, settings, tmp_path / "reward")
+  )
+  assert "has not learnt to tell them apart" in message
 
 
 def test_sample_reads_a_checkpoint_of_a_stage(finished_run):

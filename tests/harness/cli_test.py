@@ -3,6 +3,8 @@
 import pytest
 
 from experiments.harness import cli
+from rlhf_jax.data import chat
+from rlhf_jax.rewards.episodes import RuleError
 from tests.experiments import tiny
 
 RLHF = str(tiny.REPO / "configs" / "rlhf.py")
@@ -79,3 +81,39 @@ def test_a_binary_ends_with_one_message(flags, part, tmp_path):
   done = tiny.call("rlhf", RLHF, tmp_path / "run", *flags)
   tiny.assert_one_message(done, part)
   assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("error", [
+    PermissionError(13, "Permission denied", "/x"),
+    FileExistsError(17, "File exists", "/x"),
+    IsADirectoryError(21, "Is a directory", "/x"),
+    NotADirectoryError(20, "Not a directory", "/x"),
+    chat.ChatTemplateError("/x"),
+    RuleError("/x"),
+])
+def test_what_the_user_can_mend_has_no_traceback(error, capsys):
+  with pytest.raises(SystemExit) as ended, cli.told_errors():
+    raise error
+  assert ended.value.code == 1
+  assert "/x" in capsys.readouterr().err
+
+
+def test_a_bug_keeps_its_traceback():
+  with pytest.raises(ZeroDivisionError), cli.told_errors():
+    raise ZeroDivisionError
+
+
+def test_a_workdir_that_is_a_file_is_told(tmp_path):
+  workdir = tmp_path / "file"
+  workdir.write_text("")
+  done = tiny.call("rlhf", f"{RLHF}:smoke", workdir)
+  tiny.assert_one_message(done, str(workdir))
+
+
+def test_flags_of_sample_are_checked():
+  done = tiny.sample("--policies=x", "--temperature=0", "--num_prompts=0")
+  tiny.assert_one_message(
+      done,
+      "temperature=0.0 must be greater than 0",
+      "num_prompts=0 must be 1 or greater",
+  )

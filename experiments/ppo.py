@@ -384,18 +384,12 @@ def _check_fits(
     ref_policy: models.Policy,
     reward_model: models.RewardModel | None,
 ) -> None:
-  length = (
-      config.samples.max_prompt_length + config.samples.max_completion_length
+  # A value network from the reward model has its tokenizer and its length.
+  checks.check_samples_fit(
+      config.samples,
+      {"policy": policy, "reference policy": ref_policy},
+      reward_model,
   )
-  fits = {"policy": policy.config, "reference": ref_policy.config}
-  if config.value_init == "reward_model":
-    fits["value network"] = reward_model.config
-  for name, shape in fits.items():
-    if length > shape.max_length:
-      raise ConfigError(
-          f"max_prompt_length + max_completion_length = {length} does not fit "
-          f"the {name}'s max_length={shape.max_length}"
-      )
   if policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint:
     raise ConfigError(
         "the reference policy has another tokenizer than the policy: their "

@@ -397,12 +397,34 @@ def test_warmup_of_ppo_is_counted_in_optimizer_steps():
         "reward.max_prompt_length + reward.max_completion_length",
     ),
     (
-        lambda c: c.ppo.samples.update(max_completion_length=109),
-        "ppo.samples.max_prompt_length + ppo.samples.max_completion_length",
+        lambda c: c.preferences.samples.update(max_completion_length=109),
+        "preferences.samples.max_completion_length=129",
+    ),
+    # A reward model reads an end token behind what a stop token ended.
+    (
+        lambda c: c.reward.samples.update(max_completion_length=108),
+        "reward.samples.max_completion_length + 1 (an end token",
     ),
     (
-        lambda c: c.evaluate.samples.update(max_prompt_length=97),
+        lambda c: c.ppo.samples.update(max_completion_length=108),
+        "ppo.samples.max_prompt_length + ppo.samples.max_completion_length + 1",
+    ),
+    (
+        lambda c: c.evaluate.samples.update(max_prompt_length=96),
         "evaluate.samples.max_prompt_length + ",
+    ),
+    (
+        # Of another length itself, judged by one of this run's.
+        lambda c: (
+            c.update(judge=c.reward.copy_and_resolve_references()),
+            c.ppo.update(
+                init_from="models/long",
+                reward_model="models/long",
+                judge="reward_model:@run/judge",
+            ),
+            c.ppo.samples.update(max_completion_length=108),
+        ),
+        "ppo.samples.max_completion_length + 1",
     ),
 ])
 def test_a_length_that_the_runs_model_does_not_have_is_refused(change, part):
@@ -413,6 +435,10 @@ def test_another_model_may_be_longer():
   config = _module("rlhf").get_config("smoke")
   config.reward.init_from = "models/long"
   config.reward.max_completion_length = 500
+  # What starts from it is as long.
+  config.ppo.init_from = config.ppo.reward_model = "@run/reward"
+  config.ppo.judge = "world:assistant"
+  config.ppo.samples.max_completion_length = 500
   from_config(_class("rlhf"), config)
 
 
@@ -430,6 +456,12 @@ def test_evaluation_shows_the_target_that_the_controller_aims_at():
 INFINITY = float("inf")
 NO_SUCH_NUMBER = [
     ("preferences", lambda c: c.update(batch_size=-5), "batch_size=-5"),
+    (
+        "preferences",
+        lambda c: c.samples.update(greedy=True),
+        "makes all completions of a prompt the same",
+    ),
+    ("preferences", lambda c: c.samples.update(top_k=1), "top_k=1"),
     ("reward", lambda c: c.update(max_prompt_length=0), "max_prompt_length=0"),
     (
         "reward",

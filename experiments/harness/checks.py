@@ -1,9 +1,11 @@
-"""Ranges of numbers in configs, checked before anything is loaded."""
+"""Numbers in configs: their ranges, and whether models are long enough."""
 
 import importlib.util
 import math
 from typing import Any
 
+from experiments.harness import models
+from experiments.harness.config import ConfigError
 from rlhf_jax import optim
 
 
@@ -83,4 +85,42 @@ def check_optimizer(cfg: optim.OptimizerConfig, num_steps: int) -> None:
     raise ValueError(
         f"optimizer.warmup_steps={cfg.warmup_steps} must be less than the "
         f"{num_steps} optimizer steps that there are"
+    )
+
+
+def check_samples_fit(
+    samples: Any,
+    policies: dict[str, models.Policy],
+    reward_model: models.Policy | models.RewardModel | None = None,
+) -> None:
+  """Checks that models are long enough for what `samples` lets one sample.
+
+  Args:
+    samples: an `evaluator.SampleConfig`.
+    policies: what reads prompt and completion, by what messages call it; the
+      first samples.
+    reward_model: what scores, or its trunk; reads one token more, the end token
+      behind a stop token. One with another tokenizer is passed over: how long its own tokens will
+      be is known only then.
+
+  Raises:
+    ConfigError: names the first model that is too short.
+  """
+  length = samples.max_prompt_length + samples.max_completion_length
+  what = "samples.max_prompt_length + samples.max_completion_length"
+  for name, policy in policies.items():
+    if length > policy.config.max_length:
+      raise ConfigError(
+          f"{what} = {length} does not fit the {name}'s max_length="
+          f"{policy.config.max_length}"
+      )
+  sampler = next(iter(policies.values()))
+  if reward_model is None or (
+      reward_model.tokenizer.fingerprint != sampler.tokenizer.fingerprint
+  ):
+    return
+  if length + 1 > reward_model.config.max_length:
+    raise ConfigError(
+        f"{what} + 1 (an end token) = {length + 1} does not fit the reward "
+        f"model's max_length={reward_model.config.max_length}"
     )

@@ -505,6 +505,58 @@ def test_lengths_that_no_model_holds_are_an_error(
   assert f"does not fit the policy's max_length={tiny.MAX_LENGTH}" in message
 
 
+@pytest.mark.parametrize("name", ["reward", "ppo"])
+def test_no_room_for_the_end_token_that_is_scored_is_an_error(
+    finished_run, tmp_path, capsys, name
+):
+  settings = tiny.stage(name, finished_run)
+  settings.samples.max_completion_length = tiny.MAX_LENGTH - tiny.PROMPT_LENGTH
+  if name == "ppo":
+    settings.value_init = "zero"
+  run = lambda: run_stage(
+      {"reward": reward, "ppo": ppo}[name], settings, tmp_path / name
+  )
+  message = told(capsys, run)
+  assert f"+ 1 (an end token) = {tiny.MAX_LENGTH + 1} does not fit" in message
+  assert not (tmp_path / name / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda c: c.update(ref_policy="no/such"), "no/such holds no finished"),
+    (
+        lambda c: c.normalize_on.update(source="no/such.jsonl"),
+        "no/such.jsonl: no such file",
+    ),
+    (lambda c: c.samples.update(max_prompt_length=1), "max_prompt_length=1,"),
+    (lambda c: c.samples.update(stop_tokens=("no one",)), "stop_tokens"),
+])
+def test_what_normalises_the_score_is_read_before_the_training(
+    finished_run, tmp_path, capsys, change, part
+):
+  settings = tiny.stage("reward", finished_run)
+  change(settings)
+  message = told(
+      capsys, lambda: run_stage(reward, settings, tmp_path / "reward")
+  )
+  assert part in message
+  assert not (tmp_path / "reward" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["comparison", "ranking"])
+def test_a_policy_that_always_says_the_same_is_told(
+    finished_run, tmp_path, capsys, kind
+):
+  settings = tiny.stage("preferences", finished_run)
+  settings.kind = kind
+  settings.samples.temperature = 1e-6
+  message = told(
+      capsys, lambda: run_stage(preferences, settings, tmp_path / "out")
+  )
+  assert f"train: of the completions of 16 prompts no {kind}" in message
+  assert "all the same" in message and "1e-06" in message
+  assert not (tmp_path / "out" / f"train_{kind}s.jsonl").exists()
+
+
 def test_fewer_rows_than_a_batch_is_an_error(finished_run, tmp_path, capsys):
   settings = tiny.stage("ppo", finished_run)
   settings.rollout_batch_size = 64

@@ -31,9 +31,10 @@ from experiments.harness import (
     evaluator,
     language_model,
     models,
+    preflight,
     stage,
 )
-from experiments.harness import config as config_lib
+from experiments.harness.config import ConfigError
 
 STAGES = {
     "pretrain": pretrain.run,
@@ -172,10 +173,11 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
     raise cli.UserError(
         f"--start_at={start_at!r} is none of {', '.join(STAGES)}"
     )
-  _check_environment(config_lib.to_dict(config))
-  out = stage.Stage(workdir, config, is_run=True)
   names = list(STAGES)
-  for name in names[names.index(start_at) if start_at else 0 :]:
+  names = names[names.index(start_at) if start_at else 0 :]
+  _check_inputs(config, workdir, names)
+  out = stage.Stage(workdir, config, is_run=True)
+  for name in names:
     stage_config = getattr(config, name)
     if stage_config is None:
       continue
@@ -191,13 +193,20 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
   print(f"\nreport: {path}")
 
 
-def _check_environment(value: Any) -> None:
-  """Environment variables that a late stage needs are missed at the start."""
-  if isinstance(value, str):
-    models.expand(value)
-  elif isinstance(value, dict | list):
-    for item in value.values() if isinstance(value, dict) else value:
-      _check_environment(item)
+def _check_inputs(config: Config, workdir: str, names: list[str]) -> None:
+  """What a late stage reads and is not there is missed at the start."""
+  problems = [
+      problem
+      for name in names
+      if getattr(config, name) is not None
+      # A finished stage reads nothing more.
+      and not (pathlib.Path(workdir) / name / "finished.json").exists()
+      for problem in preflight.problems(name, getattr(config, name))
+  ]
+  if problems:
+    raise ConfigError(
+        "what stages are to read is not there:\n  " + "\n  ".join(problems)
+    )
 
 
 def in_run(value: Any, workdir: str) -> Any:

@@ -585,6 +585,61 @@ def test_a_tokenizer_of_another_size_is_an_error(tmp_path, capsys):
   assert "5000" in message
 
 
+def test_all_that_a_run_lacks_is_told_before_it_starts(
+    tmp_path, capsys, monkeypatch
+):
+  monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
+  settings = tiny.pipeline()
+  settings.pretrain.tokenizer.path = "no/tokenizer"
+  settings.pretrain.documents.source = "text:${RLHF_JAX_DATA}/stories.txt"
+  settings.sft.init_from = "no/policy"
+  settings.sft.demonstrations.source = "no/demonstrations.jsonl"
+  settings.preferences.prompts.source = "no/*.jsonl"
+  settings.reward.ref_policy = "llama2c:no/model.bin:no/tokenizer.model"
+  settings.reward.heldout.source = "polarity:no/sentences.zip:0"
+  settings.ppo.update(
+      reward_model="", reward_rule="math:pi", value_init="zero"
+  )
+  settings.ppo.judge = "reward_model:no/judge"
+  settings.evaluate.policies += ("other=no/other@last",)
+  settings.evaluate.reward_model = "no/reward"
+  workdir = tmp_path / "run"
+  message = told(capsys, lambda: run_stage(rlhf, settings, workdir))
+  lines = message.strip().splitlines()[1:]
+  wanted = [
+      ("pretrain.documents.source", "RLHF_JAX_DATA is not set"),
+      ("pretrain.tokenizer.path", "no/tokenizer"),
+      ("sft.init_from", "no/policy"),
+      ("sft.demonstrations.source", "no/demonstrations.jsonl"),
+      ("preferences.prompts.source", "no/*.jsonl"),
+      ("reward.ref_policy", "no/model.bin"),
+      ("reward.heldout.source", "no/sentences.zip"),
+      ("ppo.reward_rule", "3.14159"),
+      ("ppo.judge", "no/judge"),
+      ("evaluate.policies[other]", "no/other"),
+      ("evaluate.reward_model", "no/reward"),
+  ]
+  for line, (field, part) in zip(lines, wanted, strict=True):
+    assert line.startswith(f"  {field}: ") and part in line
+  assert not workdir.exists()
+
+
+def test_a_passed_over_or_finished_stage_needs_no_input(tmp_path, capsys):
+  settings = tiny.pipeline()
+  settings.sft.demonstrations.source = "no/demonstrations.jsonl"
+  settings.evaluate.reward_model = "no/reward"
+  config = from_config(rlhf.Config, settings)
+  workdir = tmp_path / "run"
+  message = told(
+      capsys, lambda: rlhf.run(config, str(workdir), start_at="reward")
+  )
+  assert "no/reward" in message and "no/demonstrations" not in message
+  (workdir / "evaluate").mkdir(parents=True)
+  (workdir / "evaluate" / "finished.json").write_text("{}")
+  message = told(capsys, lambda: rlhf.run(config, str(workdir)))
+  assert "no/demonstrations" in message and "no/reward" not in message
+
+
 # ---- As a process ------------------------------------------------------------
 
 

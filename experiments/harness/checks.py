@@ -100,8 +100,8 @@ def check_samples_fit(
     policies: what reads prompt and completion, by what messages call it; the
       first samples.
     reward_model: what scores, or its trunk; reads one token more, the end token
-      behind a stop token. One with another tokenizer is passed over: how long its own tokens will
-      be is known only then.
+      behind a stop token. One with another tokenizer is passed over: how many
+      tokens the text is to it is known only then.
 
   Raises:
     ConfigError: names the first model that is too short.

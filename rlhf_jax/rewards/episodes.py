@@ -60,8 +60,8 @@ def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
   """A reward function from any function of (prompt, completion) texts.
 
   Raises:
-    RuleError: if it is no function; and, when called, if the rule gives something that is not a finite number, with
-      the completion that it was given.
+    RuleError: if it is no function; and, when called, if it gives something
+      that is not a finite number, with the completion that it was given.
   """
 
   if not callable(rule):

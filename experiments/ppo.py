@@ -82,13 +82,18 @@ class Config:
   num_logged_samples: int
 
   def __post_init__(self):
+    checks.check_ranges(
+        self, "", {"seed": "seed", "num_logged_samples": ">= 0"}
+    )
     _check_ppo(self.ppo)
     checks.check_optimizer(self.optimizer, self.num_updates)
+    checks.check_loop(self.loop)
     parts = self.ppo.num_minibatches * self.ppo.num_microbatches
     language_model.check_divides(
         self.rollout_batch_size, parts, self.num_devices, "rollout_batch_size"
     )
     if self.ppo.ptx_coef:
+      checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})
       language_model.check_divides(
           self.ptx_batch_size, parts, self.num_devices, "ptx_batch_size"
       )
@@ -134,7 +139,8 @@ def _check_ppo(cfg: ppo.PPOConfig) -> None:
       "entropy_coef": ">= 0",
       "ptx_coef": ">= 0",
       "kl_coef": ">= 0",
-      "max_update_kl": "> 0",
+      "max_update_kl": "> 0 or inf",
+      "missing_eos_score": "finite",
   }
   if cfg.kl_controller == "adaptive":
     # It multiplies kl_coef: 0 would stay 0.
@@ -382,18 +388,12 @@ def _check_fits(
     ref_policy: models.Policy,
     reward_model: models.RewardModel | None,
 ) -> None:
-  length = (
-      config.samples.max_prompt_length + config.samples.max_completion_length
+  # A value network from the reward model has its tokenizer and its length.
+  checks.check_samples_fit(
+      config.samples,
+      {"policy": policy, "reference policy": ref_policy},
+      reward_model,
   )
-  fits = {"policy": policy.config, "reference": ref_policy.config}
-  if config.value_init == "reward_model":
-    fits["value network"] = reward_model.config
-  for name, shape in fits.items():
-    if length > shape.max_length:
-      raise ConfigError(
-          f"max_prompt_length + max_completion_length = {length} does not fit "
-          f"the {name}'s max_length={shape.max_length}"
-      )
   if policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint:
     raise ConfigError(
         "the reference policy has another tokenizer than the policy: their "

@@ -25,7 +25,14 @@ from absl import logging
 import jax
 import numpy as np
 
-from experiments.harness import cli, evaluator, models, sources, stage
+from experiments.harness import (
+    checks,
+    cli,
+    evaluator,
+    models,
+    sources,
+    stage,
+)
 from rlhf_jax.data import records
 from rlhf_jax.generation import decode
 from rlhf_jax.models import heads
@@ -55,6 +62,12 @@ class Config:
       raise ValueError(
           f"num_completions must be at least 2: {self.num_completions}"
       )
+    if self.samples.greedy or self.samples.top_k == 1:
+      raise ValueError(
+          "samples.greedy=True or samples.top_k=1 makes all completions of a "
+          "prompt the same: there is nothing to compare"
+      )
+    checks.check_ranges(self, "", {"seed": "seed", "batch_size": ">= 1"})
 
 
 def run(config: Config, workdir: str) -> None:
@@ -74,6 +87,14 @@ def run(config: Config, workdir: str) -> None:
     groups = sample_groups(config, policy, prompts, seed=2 * config.seed + i)
     rng = random.Random(f"annotators-{config.seed}-{split}")
     rows, left_out = label(config, groups, rng)
+    if not rows:
+      why = ", ".join(f"{num} x {reason}" for reason, num in left_out.items())
+      raise cli.UserError(
+          f"{split}: of the completions of {len(groups)} prompts no "
+          f"{config.kind} could be made ({why}): the policy "
+          f"{config.init_from} has collapsed, or samples.temperature="
+          f"{config.samples.temperature} is too low"
+      )
     stage.write_jsonl(out.dir / f"{split}_{config.kind}s.jsonl", rows)
     by_annotator = collections.Counter(row["annotator"] for row in rows)
     summary[split] = {

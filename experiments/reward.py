@@ -10,6 +10,7 @@
   4. Leaves DIR/model, DIR/tokenizer and DIR/calibration.json.
 """
 
+from collections.abc import Callable
 import dataclasses
 from typing import Any, Literal
 
@@ -75,7 +76,18 @@ class Config:
     language_model.check_divides(
         self.batch_size, self.reward.num_microbatches, self.num_devices
     )
+    checks.check_ranges(
+        self,
+        "",
+        {
+            "seed": "seed",
+            "max_prompt_length": ">= 1",
+            "max_completion_length": ">= 1",
+        },
+    )
+    checks.check_ranges(self.reward, "reward", {"center_coef": ">= 0"})
     checks.check_optimizer(self.optimizer, self.loop.num_steps)
+    checks.check_loop(self.loop)
 
 
 def run(config: Config, workdir: str) -> None:
@@ -97,6 +109,7 @@ def run(config: Config, workdir: str) -> None:
         f"heldout: {config.heldout.source} has no pair to measure on: every "
         "weight is 0, or every ranking is one tie"
     )
+  sample_reference = make_reference_sampler(config, policy, reader)
 
   mesh = sharding.make_mesh(config.num_devices)
   rng_state, rng_head, rng_samples = jax.random.split(
@@ -143,14 +156,14 @@ def run(config: Config, workdir: str) -> None:
   )
 
   heldout_scores = scorer.scores(state.params, heldout)
-  normalization = _normalize(
-      config,
-      policy,
-      state.params,
-      reader,
-      rng_samples,
-      completion_scores(heldout_scores, heldout),
-  )
+  if sample_reference is None:
+    scores = completion_scores(heldout_scores, heldout)
+  else:
+    one = ScoreNormalization(gain=jnp.float32(1), bias=jnp.float32(0))
+    scores = evaluator.make_reward_fn(
+        models.RewardModel(policy.config, state.params, one, policy.tokenizer)
+    )(sample_reference(rng_samples))
+  normalization = _fit_normalization(jnp.asarray(scores))
   report = make_calibration(
       heldout_scores, heldout, heldout_records, config.seed
   )
@@ -310,35 +323,49 @@ def encode(
   return batch, [x for i, x in enumerate(comparisons) if i not in dropped]
 
 
-def _normalize(
-    config: Config,
-    policy: models.Policy,
-    params: Any,
-    reader: sources.Reader,
-    rng: jax.Array,
-    known_scores: np.ndarray,
-) -> ScoreNormalization:
+def _fit_normalization(scores: jax.Array) -> ScoreNormalization:
+  try:
+    return reward_update.fit_score_normalization(scores)
+  except ValueError as error:
+    raise cli.UserError(str(error)) from error
+
+
+def make_reference_sampler(
+    config: Config, policy: models.Policy, reader: sources.Reader
+) -> Callable[[jax.Array], Episodes] | None:
+  """rng -> episodes of the reference policy, or None if none is named.
+
+  All that it reads is read here: what is wrong with it need not wait for the
+  end of the training.
+
+  Args:
+    policy: the reward model that will score them has its length and tokenizer.
+  """
   if not config.ref_policy:
-    return reward_update.fit_score_normalization(jnp.asarray(known_scores))
+    return None
   ref_policy = models.load_policy(config.ref_policy)
+  checks.check_samples_fit(
+      config.samples, {"reference policy": ref_policy}, policy
+  )
   prompts = evaluator.encode_prompts(
       reader.prompts(config.normalize_on, "train"),
       ref_policy.tokenizer,
       config.samples,
   )
-  rollout = evaluator.sample_all(
-      jax.jit(decode.make_generate(heads.LanguageModel(ref_policy.config))),
-      ref_policy.params,
-      prompts,
-      config.samples.sampling(ref_policy.tokenizer),
-      rng,
-      config.batch_size,
-  )
-  one = ScoreNormalization(gain=jnp.float32(1), bias=jnp.float32(0))
-  raw = evaluator.make_reward_fn(
-      models.RewardModel(policy.config, params, one, policy.tokenizer)
-  )(Episodes(rollout, ref_policy.tokenizer))
-  return reward_update.fit_score_normalization(raw)
+  sampling = config.samples.sampling(ref_policy.tokenizer)
+
+  def sample(rng: jax.Array) -> Episodes:
+    rollout = evaluator.sample_all(
+        jax.jit(decode.make_generate(heads.LanguageModel(ref_policy.config))),
+        ref_policy.params,
+        prompts,
+        sampling,
+        rng,
+        config.batch_size,
+    )
+    return Episodes(rollout, ref_policy.tokenizer)
+
+  return sample
 
 
 def _check_fits(config: Config, policy: models.Policy) -> None:

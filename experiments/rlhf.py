@@ -26,8 +26,15 @@ from typing import Any
 from absl import flags, logging
 
 from experiments import evaluate, ppo, preferences, pretrain, reward, sft
-from experiments.harness import cli, models, stage
-from experiments.harness import config as config_lib
+from experiments.harness import (
+    cli,
+    evaluator,
+    language_model,
+    models,
+    preflight,
+    stage,
+)
+from experiments.harness.config import ConfigError
 
 STAGES = {
     "pretrain": pretrain.run,
@@ -60,8 +67,7 @@ class Config:
   evaluate: evaluate.Config | None
 
   def __post_init__(self):
-    if self.pretrain is not None:
-      self._check_lengths(self.pretrain.model.max_length)
+    self._check_lengths()
     controller = self.ppo and self.ppo.ppo
     if (
         self.evaluate
@@ -74,11 +80,14 @@ class Config:
           f"controller's ppo.ppo.kl_target={controller.kl_target}"
       )
 
-  def _check_lengths(self, max_length: int) -> None:
+  def _check_lengths(self) -> None:
+    if self.pretrain is None:
+      return
+    max_length = self.pretrain.model.max_length
     too_long = [
         f"{name}={length}"
         for stage_name in STAGES
-        for name, length in _lengths(stage_name, getattr(self, stage_name))
+        for name, length in self._lengths(stage_name)
         if length > max_length
     ]
     if too_long:
@@ -87,22 +96,75 @@ class Config:
           f"{', '.join(too_long)}"
       )
 
+  def _lengths(self, name: str) -> Iterator[tuple[str, int]]:
+    """(field path, tokens) of what a stage has models of this run read."""
+    section = getattr(self, name)
+    if section is None:
+      return
+    samplers, scorers = _readers(name, section)
+    trained = getattr(section, "init_from", f"{models.RUN}{name}")
+    is_own = self._has_own_length(trained)
+    is_sampled = any(self._has_own_length(x) for x in samplers)
+    is_scored = any(self._has_own_length(x) for x in scorers)
+    for path, value in _sections(name, section):
+      if isinstance(value, evaluator.SampleConfig):
+        length = value.max_prompt_length + value.max_completion_length
+        path = f"{path}.max_prompt_length + {path}.max_completion_length"
+        if is_scored:
+          yield f"{path} + 1 (an end token, to be scored)", length + 1
+        elif is_sampled:
+          yield path, length
+      elif is_own and isinstance(value, reward.Config):
+        yield (
+            f"{path}.max_prompt_length + {path}.max_completion_length",
+            value.max_prompt_length + value.max_completion_length,
+        )
+      elif is_own and isinstance(value, language_model.LanguageModelConfig):
+        yield f"{path}.seq_len", value.seq_len
+      elif is_own and isinstance(value, ppo.Config) and value.ppo.ptx_coef:
+        yield f"{path}.ptx_seq_len", value.ptx_seq_len
 
-def _lengths(path: str, section: Any) -> Iterator[tuple[str, int]]:
-  """(field path, tokens) of every length in a stage of this run's own model."""
-  if not dataclasses.is_dataclass(section):
-    return
-  if not getattr(section, "init_from", models.RUN).startswith(models.RUN):
-    return  # another model, of another length
-  for field in dataclasses.fields(section):
-    name, value = f"{path}.{field.name}", getattr(section, field.name)
-    if field.name in ("seq_len", "ptx_seq_len"):
-      yield name, value
-    elif field.name == "max_prompt_length":
-      total = value + section.max_completion_length
-      yield f"{name} + {path}.max_completion_length", total
-    else:
-      yield from _lengths(name, value)
+  def _has_own_length(self, place: str) -> bool:
+    """Whether the model at `place` will have the pretrained one's shape."""
+    seen = set()
+    while place.startswith(models.RUN) and place not in seen:
+      seen.add(place)  # places that name one another in a ring
+      name = place.removeprefix(models.RUN).partition("@")[0].strip("/")
+      if name == "pretrain":
+        return True
+      place = getattr(getattr(self, name, None), "init_from", "")
+    return False
+
+
+def _sections(path: str, section: Any) -> Iterator[tuple[str, Any]]:
+  """The section and all sections in it, each with its path."""
+  if dataclasses.is_dataclass(section):
+    yield path, section
+    for field in dataclasses.fields(section):
+      inner = getattr(section, field.name)
+      yield from _sections(f"{path}.{field.name}", inner)
+
+
+def _readers(name: str, section: Any) -> tuple[list[str], list[str]]:
+  """Places of the policies that read a stage's samples, and of the scorers."""
+  if name == "pretrain":
+    return [f"{models.RUN}pretrain"], []
+  if name == "evaluate":
+    return list(section.places.values()), _scorers(section)
+  policies = [section.init_from, getattr(section, "ref_policy", "")]
+  if name in ("reward", "judge"):
+    # The reward model that is trained has the length of its beginning.
+    return policies, [section.init_from] if section.ref_policy else []
+  return policies, _scorers(section) if name == "ppo" else []
+
+
+def _scorers(section: ppo.Config | evaluate.Config) -> list[str]:
+  judge = section.judge
+  is_model = judge.startswith(evaluator.REWARD_MODEL)
+  return [
+      section.reward_model,
+      judge.removeprefix(evaluator.REWARD_MODEL) if is_model else "",
+  ]
 
 
 def run(config: Config, workdir: str, start_at: str = "") -> None:
@@ -111,10 +173,11 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
     raise cli.UserError(
         f"--start_at={start_at!r} is none of {', '.join(STAGES)}"
     )
-  _check_environment(config_lib.to_dict(config))
-  out = stage.Stage(workdir, config, is_run=True)
   names = list(STAGES)
-  for name in names[names.index(start_at) if start_at else 0 :]:
+  names = names[names.index(start_at) if start_at else 0 :]
+  _check_inputs(config, workdir, names)
+  out = stage.Stage(workdir, config, is_run=True)
+  for name in names:
     stage_config = getattr(config, name)
     if stage_config is None:
       continue
@@ -130,13 +193,20 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
   print(f"\nreport: {path}")
 
 
-def _check_environment(value: Any) -> None:
-  """Environment variables that a late stage needs are missed at the start."""
-  if isinstance(value, str):
-    models.expand(value)
-  elif isinstance(value, dict | list):
-    for item in value.values() if isinstance(value, dict) else value:
-      _check_environment(item)
+def _check_inputs(config: Config, workdir: str, names: list[str]) -> None:
+  """What a late stage reads and is not there is missed at the start."""
+  problems = [
+      problem
+      for name in names
+      if getattr(config, name) is not None
+      # A finished stage reads nothing more.
+      and not (pathlib.Path(workdir) / name / "finished.json").exists()
+      for problem in preflight.problems(name, getattr(config, name))
+  ]
+  if problems:
+    raise ConfigError(
+        "what stages are to read is not there:\n  " + "\n  ".join(problems)
+    )
 
 
 def in_run(value: Any, workdir: str) -> Any:

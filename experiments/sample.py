@@ -15,7 +15,7 @@ import textwrap
 from absl import app, flags
 import jax
 
-from experiments.harness import cli, evaluator, models, sources
+from experiments.harness import checks, cli, evaluator, models, sources
 from rlhf_jax.data.records import Prompt
 
 _POLICIES = flags.DEFINE_list("policies", None, "Places, divided by commas.")
@@ -38,7 +38,23 @@ def main(argv):
   del argv
   cli.quiet_third_parties()
   with cli.told_errors():
+    _check_flags()
     show(_POLICIES.value, _PROMPTS.value)
+
+
+def _check_flags() -> None:
+  ranges = {
+      "num_prompts": ">= 1",
+      "max_completion_length": ">= 1",
+      "temperature": "> 0",
+      "top_k": ">= 0",
+      "top_p": "(0, 1]",
+      "seed": "seed",
+  }
+  try:
+    checks.check_ranges(flags.FLAGS, "", ranges)
+  except ValueError as error:
+    raise cli.UserError(f"flags: {error}") from error
 
 
 def show(places: list[str], prompts: list[str]) -> None:

@@ -3,6 +3,7 @@
 import ast
 import dataclasses
 import importlib
+import importlib.util
 import pathlib
 import re
 import typing
@@ -396,12 +397,34 @@ def test_warmup_of_ppo_is_counted_in_optimizer_steps():
         "reward.max_prompt_length + reward.max_completion_length",
     ),
     (
-        lambda c: c.ppo.samples.update(max_completion_length=109),
-        "ppo.samples.max_prompt_length + ppo.samples.max_completion_length",
+        lambda c: c.preferences.samples.update(max_completion_length=109),
+        "preferences.samples.max_completion_length=129",
+    ),
+    # A reward model reads an end token behind what a stop token ended.
+    (
+        lambda c: c.reward.samples.update(max_completion_length=108),
+        "reward.samples.max_completion_length + 1 (an end token",
     ),
     (
-        lambda c: c.evaluate.samples.update(max_prompt_length=97),
+        lambda c: c.ppo.samples.update(max_completion_length=108),
+        "ppo.samples.max_prompt_length + ppo.samples.max_completion_length + 1",
+    ),
+    (
+        lambda c: c.evaluate.samples.update(max_prompt_length=96),
         "evaluate.samples.max_prompt_length + ",
+    ),
+    (
+        # Of another length itself, judged by one of this run's.
+        lambda c: (
+            c.update(judge=c.reward.copy_and_resolve_references()),
+            c.ppo.update(
+                init_from="models/long",
+                reward_model="models/long",
+                judge="reward_model:@run/judge",
+            ),
+            c.ppo.samples.update(max_completion_length=108),
+        ),
+        "ppo.samples.max_completion_length + 1",
     ),
 ])
 def test_a_length_that_the_runs_model_does_not_have_is_refused(change, part):
@@ -412,6 +435,10 @@ def test_another_model_may_be_longer():
   config = _module("rlhf").get_config("smoke")
   config.reward.init_from = "models/long"
   config.reward.max_completion_length = 500
+  # What starts from it is as long.
+  config.ppo.init_from = config.ppo.reward_model = "@run/reward"
+  config.ppo.judge = "world:assistant"
+  config.ppo.samples.max_completion_length = 500
   from_config(_class("rlhf"), config)
 
 
@@ -424,6 +451,90 @@ def test_evaluation_shows_the_target_that_the_controller_aims_at():
   config.evaluate.kl_target = 0.0
   config.ppo.ppo.kl_controller = "fixed"
   from_config(_class("rlhf"), config)
+
+
+INFINITY = float("inf")
+NO_SUCH_NUMBER = [
+    ("preferences", lambda c: c.update(batch_size=-5), "batch_size=-5"),
+    (
+        "preferences",
+        lambda c: c.samples.update(greedy=True),
+        "makes all completions of a prompt the same",
+    ),
+    ("preferences", lambda c: c.samples.update(top_k=1), "top_k=1"),
+    ("reward", lambda c: c.update(max_prompt_length=0), "max_prompt_length=0"),
+    (
+        "reward",
+        lambda c: c.update(max_completion_length=-5),
+        "max_completion_length=-5",
+    ),
+    ("reward", lambda c: c.reward.update(center_coef=-0.1), "center_coef=-0.1"),
+    ("pretrain", lambda c: c.train.update(seq_len=0), "seq_len=0"),
+    ("sft", lambda c: c.train.update(seq_len=1), "seq_len=1"),
+    ("sft", lambda c: c.train.sft.update(z_loss_coef=-1.0), "z_loss_coef=-1"),
+    ("ppo", lambda c: c.update(num_logged_samples=-3), "num_logged_samples=-3"),
+    (
+        "ppo",
+        lambda c: (
+            c.ppo.update(ptx_coef=1.0),
+            c.ptx_documents.update(source="text:x"),
+            c.update(ptx_batch_size=32),
+        ),
+        "ptx_seq_len=0 must be 2 or greater",
+    ),
+    *(
+        (name, lambda c, seed=seed: c.update(seed=seed), f"seed={seed} must be")
+        for name in ("preferences", "reward", "ppo")
+        for seed in (-1, 2**32)
+    ),
+    ("sft", lambda c: c.train.update(seed=-1), "seed=-1 must be 0 or greater"),
+    *(
+        ("ppo", lambda c, x=field: c.ppo.update({x: INFINITY}), f"{field}=inf")
+        for field in (
+            "kl_coef",
+            "temperature",
+            "cliprange",
+            "vf_coef",
+            "missing_eos_score",
+            "kl_horizon",
+        )
+    ),
+    (
+        "ppo",
+        lambda c: c.samples.update(temperature=INFINITY),
+        "temperature=inf must be greater than 0 and finite",
+    ),
+    *(
+        (
+            "reward",
+            lambda c, x=field: c.optimizer.update({x: INFINITY}),
+            f"optimizer.{field}=inf",
+        )
+        for field in ("learning_rate", "weight_decay", "max_grad_norm")
+    ),
+]
+
+
+@pytest.mark.parametrize("name, change, part", NO_SUCH_NUMBER)
+def test_a_number_that_no_stage_can_work_with_is_refused(name, change, part):
+  _refused(name, change, part)
+
+
+def test_a_seed_may_have_32_bits():
+  config = _module("ppo").get_config()
+  config.seed = 2**32 - 1
+  from_config(_class("ppo"), config)
+
+
+@pytest.mark.parametrize("name", ["sft", "reward", "ppo"])
+def test_wandb_that_is_not_installed_is_missed_at_the_start(name, monkeypatch):
+  real = importlib.util.find_spec
+  monkeypatch.setattr(
+      "importlib.util.find_spec",
+      lambda x: None if x == "wandb" else real(x),
+  )
+  loop = lambda c: c.train.loop if name == "sft" else c.loop
+  _refused(name, lambda c: loop(c).update(wandb=True), "pip install wandb")
 
 
 @pytest.mark.parametrize("name, change, part", NONSENSE)

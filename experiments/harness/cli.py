@@ -6,6 +6,9 @@ one message and exit code 1; anything else keeps its traceback.
 
 from collections.abc import Callable
 import contextlib
+import importlib.util
+import os
+import re
 import sys
 from typing import Any
 
@@ -15,7 +18,8 @@ from ml_collections import config_flags
 from experiments.harness import config as config_lib
 from experiments.harness import loop
 from rlhf_jax import checkpoint
-from rlhf_jax.data import encoding, pipeline, readers, tokenizer
+from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
+from rlhf_jax.rewards import episodes
 
 
 class UserError(ValueError):
@@ -28,12 +32,14 @@ _EXPECTED = (
     checkpoint.CheckpointError,
     checkpoint.ConfigMismatch,
     checkpoint.StateMismatch,
+    chat.ChatTemplateError,
     encoding.LengthError,
     pipeline.DatasetError,
     readers.ReadError,
+    episodes.RuleError,
     tokenizer.TokenizerError,
     loop.NonFiniteError,
-    FileNotFoundError,
+    OSError,  # Files and folders that are not there, or not ours to use.
 )
 
 
@@ -56,7 +62,66 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
           config_lib.from_config(config_class, config_file.value), workdir.value
       )
 
-  app.run(main)
+  app.run(main, flags_parser=_parse_flags)
+
+
+def _parse_flags(argv: list[str]) -> list[str]:
+  """absl's parsing, after what it would end in a traceback was looked for."""
+  with told_errors():
+    check_config_flags(argv)
+  return app.parse_flags_with_usage(argv)
+
+
+def check_config_flags(argv: list[str]) -> None:
+  """Checks that --config names a config and every --config.x one of its fields.
+
+  Raises:
+    UserError: for a file that is not there or refuses its mini-argument; or
+      lists the unknown fields, each with the nearest that there are.
+  """
+  argv = flags.FLAGS.read_flags_from_files(argv, force_gnu=False)
+  place, names = None, []
+  for i, arg in enumerate(argv):
+    name, has_value, value = arg.partition("=")
+    if re.fullmatch(r"--?config", name):
+      place = value if has_value else "".join(argv[i + 1 : i + 2])
+    elif match := re.match(r"--?(?:no)?config\.", name):
+      names.append(name[match.end() :])
+  if place is None:
+    return  # absl says that the flag is required.
+  fields = config_lib.dotted_paths(_load_config(place))
+  unknown = [
+      f"--config.{name}: {place} has no such field; "
+      + _did_you_mean(config_lib.nearest_paths(name, fields))
+      for name in names
+      # An item of a tuple is a field too.
+      if re.sub(r"\[\d+\]", "", name) not in fields
+  ]
+  if unknown:
+    raise UserError("\n".join(unknown))
+
+
+def _load_config(place: str) -> Any:
+  path, *arg = place.split(":", 1)
+  if not os.path.isfile(path):
+    raise UserError(f"--config={place}: no such config file: {path!r}")
+  spec = importlib.util.spec_from_file_location("config_file", path)
+  if spec is None:
+    raise UserError(f"--config={place}: a config file ends in .py")
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  if not hasattr(module, "get_config"):
+    raise UserError(f"--config={place}: {path} has no function get_config")
+  try:
+    return module.get_config(*arg)
+  except ValueError as error:
+    raise UserError(f"--config={place}: {error}") from error
+
+
+def _did_you_mean(names: list[str]) -> str:
+  if not names:
+    return "see the config file for what there is"
+  return f"did you mean {' or '.join(f'--config.{x}' for x in names)}?"
 
 
 @contextlib.contextmanager

@@ -85,6 +85,32 @@ def to_dict(obj: Any, path: str = "config") -> Any:
   raise TypeError(f"{path}: a {type(obj).__name__} cannot be saved as JSON")
 
 
+def dotted_paths(config: Any, prefix: str = "") -> list[str]:
+  """The path of every section and field: 'train', 'train.seed', ..."""
+  if isinstance(config, ml_collections.ConfigDict):
+    # A reference may be to a value that is still to be given.
+    items = config.items(preserve_field_references=True)
+  else:
+    items = config.items() if isinstance(config, dict) else ()
+  found = []
+  for name, value in items:
+    found += [f"{prefix}{name}", *dotted_paths(value, f"{prefix}{name}.")]
+  return found
+
+
+def nearest_paths(path: str, paths: list[str], num: int = 3) -> list[str]:
+  """Up to `num` of `paths`: those of the same last name, or the most similar.
+
+  The commonest slip leaves out a section: ppo.kl_coef for ppo.ppo.kl_coef.
+  """
+  last = path.rpartition(".")[2]
+  similarity = lambda other: difflib.SequenceMatcher(None, path, other).ratio()
+  alike = [x for x in paths if x.rpartition(".")[2] == last]
+  alike.sort(key=similarity, reverse=True)
+  near = alike or difflib.get_close_matches(path, paths, n=num)
+  return near[:num]
+
+
 def _build_dataclass(cls, config, path, problems):
   if isinstance(config, cls):
     return config

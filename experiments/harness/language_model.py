@@ -57,7 +57,10 @@ class LanguageModelConfig:
     check_divides(
         self.batch_size, self.sft.num_microbatches, self.num_devices
     )
+    checks.check_ranges(self, "", {"seed": "seed", "seq_len": ">= 2"})
+    checks.check_ranges(self.sft, "sft", {"z_loss_coef": ">= 0"})
     checks.check_optimizer(self.optimizer, self.loop.num_steps)
+    checks.check_loop(self.loop)
 
 
 def check_divides(

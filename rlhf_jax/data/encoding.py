@@ -31,7 +31,7 @@ Example = tuple[list[int], list[float]]
 
 
 class LengthError(ValueError):
-  """A record is longer than its limit, or none is short enough."""
+  """A record is longer than its limit, or none can be short enough."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -427,4 +427,4 @@ def _bos(tokenizer: Tokenizer, add_bos: bool) -> list[int]:
 
 def _check_positive(name: str, value: int) -> None:
   if value < 1:
-    raise ValueError(f"{name} leaves no room for a token.")
+    raise LengthError(f"{name} leaves no room for a token.")

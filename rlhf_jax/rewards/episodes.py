@@ -18,6 +18,10 @@ from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 
 
+class RuleError(ValueError):
+  """What was given as a reward rule is none, or gave no score."""
+
+
 class Episodes:
   """A rollout and, only if someone asks, its text.
 
@@ -55,17 +59,23 @@ RewardFn = Callable[[Episodes], np.ndarray]
 def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
   """A reward function from any function of (prompt, completion) texts.
 
-  Raises (when called):
-    ValueError: if the rule gives something that is not a finite number, with
-      the completion that it was given.
+  Raises:
+    RuleError: if it is no function; and, when called, if it gives something
+      that is not a finite number, with the completion that it was given.
   """
+
+  if not callable(rule):
+    raise RuleError(
+        "a reward rule is a function of the texts (prompt, completion), and "
+        f"{rule!r} is none"
+    )
 
   def reward(episodes: Episodes) -> np.ndarray:
     scores = []
     for prompt, completion in zip(episodes.prompts, episodes.completions):
       score = rule(prompt, completion)
       if not _is_number(score):
-        raise ValueError(
+        raise RuleError(
             f"the reward rule gave {score!r} for the completion "
             f"{completion[:200]!r} of the prompt {prompt[:200]!r}; it must "
             "give a finite number"

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 import numpy as np
 
+from rlhf_jax.data.encoding import LengthError
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.losses import masking
 from rlhf_jax.models import functions
@@ -31,7 +32,7 @@ def make_reward_model(
   anew, after this tokenizer's start token if it has one.
 
   Raises (when called):
-    ValueError: if an episode is longer than the reward model's max_length.
+    LengthError: if an episode is longer than the reward model's max_length.
   """
   score_fn = functions.make_score_fn(config)
 
@@ -48,7 +49,7 @@ def make_reward_model(
     else:
       tokens, mask = _encode_anew(episodes, tokenizer, config.max_length)
     if tokens.shape[1] > config.max_length:
-      raise ValueError(
+      raise LengthError(
           f"an episode has {tokens.shape[1]} tokens, and the reward model "
           f"reads at most {config.max_length} (max_length)"
       )

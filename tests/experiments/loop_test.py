@@ -220,7 +220,7 @@ def test_optimizer_steps_in_a_row_are_what_stops_a_run(tmp_path):
 
 def test_a_program_that_diverges_ends_with_one_message(finished_run, tmp_path):
   settings = tiny.stage("sft", finished_run)
-  settings.train.optimizer.learning_rate = float("inf")
+  settings.train.optimizer.learning_rate = 1e39  # infinite in float32
   settings.train.optimizer.warmup_steps = 0
   settings.train.loop.update(tiny.loop(6, eval_every=6))
   settings.train.loop.max_nonfinite_steps = 2

@@ -14,6 +14,7 @@ from experiments import ppo, preferences, pretrain, reward, rlhf, sft
 from experiments.harness import cli, models
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax import checkpoint
+from rlhf_jax.updates import reward as reward_update
 from tests.experiments import tiny
 
 STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate")
@@ -290,7 +291,7 @@ def test_what_is_saved_of_a_bad_iteration_holds_the_ptx_batch(
   settings = tiny.stage("ppo", finished_run)
   settings.loop.update(tiny.loop(1), max_nonfinite_steps=9)
   settings.heldout_prompts.limit = 4
-  settings.optimizer.learning_rate = float("inf")
+  settings.ppo.vf_coef = 3e38  # whose product with the loss is infinite
   settings.update(ptx_batch_size=8, ptx_seq_len=32)
   settings.ptx_documents.source = f"text:{text}"
   settings.ppo.update(ptx_coef=0.5, num_epochs=1)
@@ -374,6 +375,41 @@ def test_a_reward_rule_that_is_not_there_is_named(finished_run, tmp_path):
         reward_rule="math:no_such",
         value_init="zero",
     )
+
+
+def no_score(prompt: str, completion: str) -> float:
+  """A rule that breaks its promise of a finite number."""
+  del prompt, completion
+  return float("nan")
+
+
+@pytest.mark.parametrize("rule, part", [
+    (f"{__name__}:no_score", "the reward rule gave nan for the completion"),
+    ("math:pi", "3.14159"),
+])
+def test_a_reward_rule_that_gives_no_score_is_told(
+    finished_run, tmp_path, capsys, rule, part
+):
+  changes = dict(reward_model="", reward_rule=rule, value_init="zero")
+  message = told(
+      capsys, lambda: one_ppo_step(finished_run, tmp_path / "ppo", **changes)
+  )
+  assert part in message
+
+
+def test_a_reward_model_that_scores_all_alike_is_told(
+    finished_run, tmp_path, capsys, monkeypatch
+):
+  settings = tiny.stage("reward", finished_run)
+  settings.loop.update(tiny.loop(1))
+  fit = reward_update.fit_score_normalization
+  monkeypatch.setattr(
+      reward_update, "fit_score_normalization", lambda score: fit(0 * score)
+  )
+  message = told(
+      capsys, lambda: run_stage(reward, settings, tmp_path / "reward")
+  )
+  assert "has not learnt to tell them apart" in message
 
 
 def test_sample_reads_a_checkpoint_of_a_stage(finished_run):
@@ -498,6 +534,58 @@ def test_lengths_that_no_model_holds_are_an_error(
   assert f"does not fit the policy's max_length={tiny.MAX_LENGTH}" in message
 
 
+@pytest.mark.parametrize("name", ["reward", "ppo"])
+def test_no_room_for_the_end_token_that_is_scored_is_an_error(
+    finished_run, tmp_path, capsys, name
+):
+  settings = tiny.stage(name, finished_run)
+  settings.samples.max_completion_length = tiny.MAX_LENGTH - tiny.PROMPT_LENGTH
+  if name == "ppo":
+    settings.value_init = "zero"
+  run = lambda: run_stage(
+      {"reward": reward, "ppo": ppo}[name], settings, tmp_path / name
+  )
+  message = told(capsys, run)
+  assert f"+ 1 (an end token) = {tiny.MAX_LENGTH + 1} does not fit" in message
+  assert not (tmp_path / name / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("change, part", [
+    (lambda c: c.update(ref_policy="no/such"), "no/such holds no finished"),
+    (
+        lambda c: c.normalize_on.update(source="no/such.jsonl"),
+        "no/such.jsonl: no such file",
+    ),
+    (lambda c: c.samples.update(max_prompt_length=1), "max_prompt_length=1,"),
+    (lambda c: c.samples.update(stop_tokens=("no one",)), "stop_tokens"),
+])
+def test_what_normalises_the_score_is_read_before_the_training(
+    finished_run, tmp_path, capsys, change, part
+):
+  settings = tiny.stage("reward", finished_run)
+  change(settings)
+  message = told(
+      capsys, lambda: run_stage(reward, settings, tmp_path / "reward")
+  )
+  assert part in message
+  assert not (tmp_path / "reward" / "metrics.jsonl").exists()
+
+
+@pytest.mark.parametrize("kind", ["comparison", "ranking"])
+def test_a_policy_that_always_says_the_same_is_told(
+    finished_run, tmp_path, capsys, kind
+):
+  settings = tiny.stage("preferences", finished_run)
+  settings.kind = kind
+  settings.samples.temperature = 1e-6
+  message = told(
+      capsys, lambda: run_stage(preferences, settings, tmp_path / "out")
+  )
+  assert f"train: of the completions of 16 prompts no {kind}" in message
+  assert "all the same" in message and "1e-06" in message
+  assert not (tmp_path / "out" / f"train_{kind}s.jsonl").exists()
+
+
 def test_fewer_rows_than_a_batch_is_an_error(finished_run, tmp_path, capsys):
   settings = tiny.stage("ppo", finished_run)
   settings.rollout_batch_size = 64
@@ -524,6 +612,61 @@ def test_a_tokenizer_of_another_size_is_an_error(tmp_path, capsys):
       capsys, lambda: run_stage(pretrain, settings, tmp_path / "pretrain")
   )
   assert "5000" in message
+
+
+def test_all_that_a_run_lacks_is_told_before_it_starts(
+    tmp_path, capsys, monkeypatch
+):
+  monkeypatch.delenv("RLHF_JAX_DATA", raising=False)
+  settings = tiny.pipeline()
+  settings.pretrain.tokenizer.path = "no/tokenizer"
+  settings.pretrain.documents.source = "text:${RLHF_JAX_DATA}/stories.txt"
+  settings.sft.init_from = "no/policy"
+  settings.sft.demonstrations.source = "no/demonstrations.jsonl"
+  settings.preferences.prompts.source = "no/*.jsonl"
+  settings.reward.ref_policy = "llama2c:no/model.bin:no/tokenizer.model"
+  settings.reward.heldout.source = "polarity:no/sentences.zip:0"
+  settings.ppo.update(
+      reward_model="", reward_rule="math:pi", value_init="zero"
+  )
+  settings.ppo.judge = "reward_model:no/judge"
+  settings.evaluate.policies += ("other=no/other@last",)
+  settings.evaluate.reward_model = "no/reward"
+  workdir = tmp_path / "run"
+  message = told(capsys, lambda: run_stage(rlhf, settings, workdir))
+  lines = message.strip().splitlines()[1:]
+  wanted = [
+      ("pretrain.documents.source", "RLHF_JAX_DATA is not set"),
+      ("pretrain.tokenizer.path", "no/tokenizer"),
+      ("sft.init_from", "no/policy"),
+      ("sft.demonstrations.source", "no/demonstrations.jsonl"),
+      ("preferences.prompts.source", "no/*.jsonl"),
+      ("reward.ref_policy", "no/model.bin"),
+      ("reward.heldout.source", "no/sentences.zip"),
+      ("ppo.reward_rule", "3.14159"),
+      ("ppo.judge", "no/judge"),
+      ("evaluate.policies[other]", "no/other"),
+      ("evaluate.reward_model", "no/reward"),
+  ]
+  for line, (field, part) in zip(lines, wanted, strict=True):
+    assert line.startswith(f"  {field}: ") and part in line
+  assert not workdir.exists()
+
+
+def test_a_passed_over_or_finished_stage_needs_no_input(tmp_path, capsys):
+  settings = tiny.pipeline()
+  settings.sft.demonstrations.source = "no/demonstrations.jsonl"
+  settings.evaluate.reward_model = "no/reward"
+  config = from_config(rlhf.Config, settings)
+  workdir = tmp_path / "run"
+  message = told(
+      capsys, lambda: rlhf.run(config, str(workdir), start_at="reward")
+  )
+  assert "no/reward" in message and "no/demonstrations" not in message
+  (workdir / "evaluate").mkdir(parents=True)
+  (workdir / "evaluate" / "finished.json").write_text("{}")
+  message = told(capsys, lambda: rlhf.run(config, str(workdir)))
+  assert "no/demonstrations" in message and "no/reward" not in message
 
 
 # ---- As a process ------------------------------------------------------------

@@ -103,7 +103,7 @@ def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():
   assert metrics_lib.compute(metrics)["ppo/first_ratio_gap"] < 0.01
 
 
-def test_four_microbatches_equal_one_in_scoring_and_update(scored, updated):
+def test_microbatches_change_nothing_in_scoring_and_update(scored, updated):
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   metrics = _score()[1]
   scored_4, metrics_4 = _score(cfg)
@@ -118,7 +118,7 @@ def test_four_microbatches_equal_one_in_scoring_and_update(scored, updated):
   )
 
 
-def test_one_device_equals_eight_in_scoring_and_update(scored, updated):
+def test_devices_change_nothing_in_scoring_and_update(scored, updated):
   mesh = sharding.make_mesh(8)
   score_rollout, update = _programs()
   rollout = sharding.shard_rows(scored.rollout, mesh)
@@ -247,7 +247,7 @@ def test_nan_score_is_not_applied_and_the_metrics_name_the_tensors(scored):
   assert "nonfinite/policy/trunk/token_embedding" in culprits
 
 
-def test_same_seed_is_bitwise_the_same(scored, updated):
+def test_same_seed_gives_bitwise_the_same_update(scored, updated):
   again = _programs()[1](_state(), scored, small.lm_batch(), CFG)
   assert_trees_equal(again[0].train.params, updated[0].train.params)
   assert_trees_equal(again[1], updated[1])

@@ -74,7 +74,7 @@ def test_ranking_loss_weighs_a_prompt_once_as_a_numpy_loop(updated):
 
 
 @kinds
-def test_four_microbatches_equal_one(updated, kind):
+def test_microbatches_change_nothing(updated, kind):
   state, metrics = updated[kind]
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   state_4, metrics_4 = update(_state(), BATCHES[kind], cfg)
@@ -88,7 +88,7 @@ def test_four_microbatches_equal_one(updated, kind):
 
 
 @kinds
-def test_one_device_equals_eight(updated, kind):
+def test_devices_change_nothing(updated, kind):
   state, metrics = updated[kind]
   mesh = sharding.make_mesh(8)
   state_8, metrics_8 = update(
@@ -173,7 +173,7 @@ def test_batch_of_no_weight_moves_nothing():
   assert float(metrics["nonfinite/loss"].total) == 0
 
 
-def test_same_seed_is_bitwise_the_same(updated):
+def test_same_seed_gives_bitwise_the_same_update(updated):
   again, _ = update(_state(), BATCHES["pairs"], CFG)
   assert_trees_equal(again.params, updated["pairs"][0].params)
 

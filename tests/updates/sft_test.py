@@ -49,7 +49,7 @@ def test_loss_is_the_mean_over_target_tokens_of_a_numpy_loop(updated):
   assert int(updated[1]["sft/loss"].count) == len(losses)
 
 
-def test_four_microbatches_equal_one(updated):
+def test_microbatches_change_nothing(updated):
   state, metrics = updated
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   state_4, metrics_4 = update(_state(), small.lm_batch(), cfg)
@@ -59,7 +59,7 @@ def test_four_microbatches_equal_one(updated):
   )
 
 
-def test_one_device_equals_eight(updated):
+def test_devices_change_nothing(updated):
   state, metrics = updated
   mesh = sharding.make_mesh(8)
   state_8, metrics_8 = update(
@@ -73,7 +73,7 @@ def test_one_device_equals_eight(updated):
   )
 
 
-def test_same_seed_is_bitwise_the_same(updated):
+def test_same_seed_gives_bitwise_the_same_update(updated):
   assert_trees_equal(
       update(_state(), small.lm_batch(), CFG)[0].params, updated[0].params
   )

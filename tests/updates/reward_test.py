@@ -74,6 +74,34 @@ def test_ranking_loss_weighs_a_prompt_once_as_a_numpy_loop(updated):
 
 
 @kinds
+def test_objective_adds_the_centring_and_divides_by_the_weight_it_is_given(
+    kind,
+):
+  batch = BATCHES[kind]
+  objective = {
+      "pairs": reward.reward_objective, "rankings": reward.ranking_objective
+  }[kind]
+  total = 0.0
+  for i, score in enumerate(_scores(batch)):
+    if kind == "pairs":
+      loss = reference.bradley_terry(*score, float(batch.margin[i]))
+      center = (score[0] + score[1]) ** 2
+    else:
+      valid = np.asarray(batch.completion_valid[i])
+      ranks = np.asarray(batch.ranks[i])[valid]
+      loss = reference.pairwise_ranking(score[valid], ranks)
+      center = (2 * score[valid].mean()) ** 2 if valid.any() else 0.0
+    total += float(batch.weight[i]) * (loss + CFG.center_coef * center)
+  # A microbatch divides by the whole batch's weight, which is not its own.
+  loss, _ = jax.jit(
+      lambda params: objective(
+          params, batch, small.score_fn, CFG, jnp.float32(1000)
+      )
+  )(small.scalar_params())
+  np.testing.assert_allclose(loss, total / 1000, rtol=1e-5)
+
+
+@kinds
 def test_microbatches_change_nothing(updated, kind):
   state, metrics = updated[kind]
   cfg = dataclasses.replace(CFG, num_microbatches=4)

@@ -49,6 +49,23 @@ def test_loss_is_the_mean_over_target_tokens_of_a_numpy_loop(updated):
   assert int(updated[1]["sft/loss"].count) == len(losses)
 
 
+def test_objective_adds_the_z_loss_and_divides_by_the_count_it_is_given():
+  batch, params = small.lm_batch(), _state().params
+  logits = jax.jit(small.logits_fn)(params, batch.tokens, batch.segment_ids)
+  total = 0.0
+  for b, i in zip(*np.nonzero(np.asarray(batch.loss_mask)), strict=True):
+    row = np.asarray(logits[b, i - 1], np.float64)
+    total -= reference.log_softmax(row)[int(batch.tokens[b, i])]
+    total += 0.01 * reference.log_normalizer(row) ** 2
+  # A microbatch divides by the whole batch's count, which is not its own.
+  loss, _ = jax.jit(
+      lambda params: sft.sft_objective(
+          params, batch, small.logits_fn, CFG, jnp.float32(1000)
+      )
+  )(params)
+  np.testing.assert_allclose(loss, total / 1000, rtol=1e-5)
+
+
 def test_microbatches_change_nothing(updated):
   state, metrics = updated
   cfg = dataclasses.replace(CFG, num_microbatches=4)

@@ -148,6 +148,44 @@ def test_devices_change_nothing_in_scoring_and_update(scored, updated):
   )
 
 
+def _real(tree, mask):
+  """Every array [B, C] of `tree` with its padding made equal."""
+  return jax.tree.map(
+      lambda x: jnp.where(mask == 1, x, 0) if x.shape == mask.shape else x, tree
+  )
+
+
+def test_pad_equal_to_eos_changes_nothing_from_rollout_to_update():
+  plain = small.sampled_rollout()
+  rollout = small.sampled_rollout(pad_id=small.EOS)
+  mask = rollout.completion_mask
+  # Some rows end by the very token that fills them up; it is real once.
+  ends = (rollout.completions == small.EOS) & (mask == 1)
+  assert 0 < ends.any(axis=1).sum() < small.B and ends.sum(axis=1).max() == 1
+  assert bool(jnp.all(rollout.completions[mask == 0] == small.EOS))
+  assert_trees_equal(_real(rollout, mask), _real(plain, mask))
+
+  cfg = dataclasses.replace(CFG, ptx_coef=0.0)
+  score_rollout, update = _programs()
+  outcomes = []
+  for each in (rollout, plain):
+    scored, metrics = score_rollout(
+        _params(), _ref_params(), each, SCORE, KL_COEF, cfg
+    )
+    real = mask == 1
+    np.testing.assert_allclose(
+        scored.old_logprobs[real], each.logprobs[real], atol=1e-5
+    )
+    state, update_metrics = update(_state(), scored, None, cfg)
+    # Nor is an end token left out of both.
+    assert int(metrics["ppo/value"].count) == int(mask.sum())
+    assert int(update_metrics["ppo/ratio"].count) == 2 * int(mask.sum())
+    outcomes.append(
+        (_real(scored, mask), metrics, state.train.params, update_metrics)
+    )
+  assert_trees_equal(*outcomes)
+
+
 def test_ptx_adds_its_coefficient_times_the_language_models_gradient(scored):
   ptx = small.lm_batch()
   update = _programs()[1]

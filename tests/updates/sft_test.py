@@ -8,6 +8,8 @@ import pytest
 
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import optim, sharding
+from rlhf_jax.data import packing
+from rlhf_jax.losses.language_modeling import token_logprobs
 from rlhf_jax.models import functions
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import LMBatch
@@ -108,6 +110,32 @@ def test_what_is_no_target_is_not_trained_on(updated):
   first, _ = update(_state(), masked, CFG)
   second, _ = update(_state(), changed, CFG)
   assert_trees_close(first.params, second.params, atol=1e-7)
+
+
+def test_pad_equal_to_eos_changes_nothing_and_the_end_is_still_learnt():
+  # Demonstrations of 2 prompt tokens, a completion and its end token.
+  ids = [[5, 6, *range(7, 7 + n), small.EOS] for n in (1, 3, 2, 4)]
+  examples = [(x, [0.0, 0.0, *[1.0] * (len(x) - 2)]) for x in ids]
+  plain, same = (
+      jax.tree.map(jnp.asarray, packing.pack(examples, small.T, pad_id=pad_id))
+      for pad_id in (0, small.EOS)
+  )
+  padding = same.segment_ids == 0
+  assert bool(jnp.all(same.tokens[padding] == small.EOS)) and padding.any()
+  # Every end token is a target, and no padding is.
+  targets = np.asarray(same.tokens)[np.asarray(same.loss_mask) == 1]
+  assert (targets == small.EOS).sum() == len(ids)
+  state, metrics = update(_state(), same, CFG)
+  expected, expected_metrics = update(_state(), plain, CFG)
+  assert_trees_equal(state.params, expected.params)
+  assert_trees_equal(metrics, expected_metrics)
+  probability = lambda params: jnp.exp(
+      token_logprobs(
+          jax.jit(small.logits_fn)(params, same.tokens, same.segment_ids),
+          same.tokens,
+      )
+  )[(same.tokens[:, 1:] == small.EOS) & (same.loss_mask[:, 1:] == 1)]
+  assert probability(state.params).mean() > probability(_state().params).mean()
 
 
 def test_batch_without_a_target_moves_nothing():

@@ -88,10 +88,17 @@ def test_rollout_logprobs_equal_those_of_the_update_at_temperature():
   assert metrics_lib.compute(metrics)["ppo/rollout_logprob_gap"] > 0.1
 
 
-def test_ratio_is_one_on_the_first_minibatch_in_float32(updated):
+def test_ratio_is_one_on_the_first_minibatch_in_float32(scored, updated):
   numbers = metrics_lib.compute(updated[1])
   assert numbers["ppo/first_ratio_gap"] < 1e-6
   assert numbers["ppo/ratio_gap"] > 1e-3
+  # Had another policy sampled, every ratio would be 1.1 and the gap show it.
+  other = dataclasses.replace(
+      scored, old_logprobs=scored.old_logprobs - np.float32(np.log(1.1))
+  )
+  _, metrics = _programs()[1](_state(), other, small.lm_batch(), CFG)
+  gap = metrics_lib.compute(metrics)["ppo/first_ratio_gap"]
+  np.testing.assert_allclose(gap, 0.1, atol=1e-5)
 
 
 def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():

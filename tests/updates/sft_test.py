@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -169,8 +168,7 @@ def test_z_loss_coefficient_is_data_and_compiles_nothing():
   assert step._cache_size() == 1
 
 
-@functools.cache
-def _overfit(num_steps=250):
+def _overfit(dtype, num_steps=250):
   """Eight random sequences; the first two tokens tell which one it is."""
   tokens = random_tokens(3, 8, 8, vocab_size=small.V)
   tokens = tokens.at[:, 0].set(jnp.arange(8)).at[:, 1].set(jnp.arange(8))
@@ -179,7 +177,7 @@ def _overfit(num_steps=250):
       segment_ids=jnp.ones_like(tokens),
       loss_mask=jnp.ones((8, 8), jnp.float32).at[:, :2].set(0.0),
   )
-  config = dataclasses.replace(small.CONFIG, num_layers=2)
+  config = dataclasses.replace(small.CONFIG, num_layers=2, dtype=dtype)
   tx = optim.make_optimizer(
       optim.OptimizerConfig(learning_rate=0.02, schedule="linear"), num_steps
   )
@@ -192,11 +190,24 @@ def _overfit(num_steps=250):
     body = lambda state, _: step(state, batch, sft.SFTConfig())
     return jax.lax.scan(body, state, None, length=num_steps)
 
-  return train(state)[1]
+  return train(state)
 
 
-def test_overfits_eight_sequences():
-  metrics = _overfit()
+def _assert_overfits(dtype):
+  state, metrics = _overfit(dtype)
   loss = metrics["sft/loss"].total / metrics["sft/loss"].count
   assert loss[0] > 2.5
   assert loss[-1] < 0.05
+  assert not metrics["nonfinite/steps"].total.any()
+  return state
+
+
+def test_overfits_eight_sequences():
+  _assert_overfits("float32")
+
+
+def test_bfloat16_neither_collapses_nor_rounds_the_steps_away():
+  state = _assert_overfits("bfloat16")
+  # Only the arithmetic is in bfloat16: its 8 bits would lose small updates.
+  dtypes = {x.dtype for x in jax.tree.leaves((state.params, state.opt_state))}
+  assert jnp.dtype("bfloat16") not in dtypes

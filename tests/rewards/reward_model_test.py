@@ -10,6 +10,7 @@ from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.rewards.reward_model import make_reward_model
 from rlhf_jax.types import ScoreNormalization
+from tests.data.tokenizer_test import metaspace_tokenizer
 from tests.models.small import random_params, small_config
 from tests.rewards.conftest import (
     COMPLETIONS,
@@ -101,6 +102,16 @@ def test_reward_model_with_another_tokenizer_encodes_the_text_anew(
   np.testing.assert_allclose(
       reward(episodes), _expected(other_tokenizer), atol=1e-5
   )
+
+
+def test_another_tokenizer_puts_no_space_before_a_completion(
+    tmp_path, episodes
+):
+  # As Llama's: a text that starts gets a space, a text that goes on does not.
+  spaced = metaspace_tokenizer(tmp_path)
+  assert spaced.encode("a") != spaced.encode("a", continues=True)
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, spaced)
+  np.testing.assert_allclose(reward(episodes), _expected(spaced), atol=1e-5)
 
 
 @pytest.mark.parametrize("same", [True, False])

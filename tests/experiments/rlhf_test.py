@@ -527,8 +527,9 @@ def test_too_long_a_prompt_is_an_error_with_its_length(
     finished_run, tmp_path, capsys
 ):
   path = tmp_path / "prompts.jsonl"
-  path.write_text(json.dumps({"prompt": "word " * 200}) + "\n")
-  path.write_text(path.read_text() * 20)
+  # Of origins of their own, so that they can be divided.
+  rows = [{"prompt": f"{i} " + "word " * 200} for i in range(20)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   settings = tiny.stage("sft", finished_run)
   settings.train.sample_prompts.update(source=str(path), limit=0)
   message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))

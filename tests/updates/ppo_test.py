@@ -193,6 +193,34 @@ def test_pad_equal_to_eos_changes_nothing_from_rollout_to_update():
   assert_trees_equal(*outcomes)
 
 
+def test_amount_of_padding_changes_nothing_in_scoring_and_update():
+  rollout = small.sampled_rollout()
+  # Two more columns before the prompts, three behind the completions.
+  left = lambda x, fill=0: jnp.pad(x, ((0, 0), (2, 0)), constant_values=fill)
+  right = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 3)), constant_values=fill)
+  wider = dataclasses.replace(
+      rollout,
+      prompts=left(rollout.prompts, 9),
+      prompt_mask=left(rollout.prompt_mask),
+      completions=right(rollout.completions, 9),
+      completion_mask=right(rollout.completion_mask),
+      logprobs=right(rollout.logprobs),
+  )
+  cfg = dataclasses.replace(CFG, ptx_coef=0.0)
+  score_rollout, update = _programs()
+  outcomes = []
+  for each in (rollout, wider):
+    scored, metrics = score_rollout(
+        _params(), _ref_params(), each, SCORE, KL_COEF, cfg
+    )
+    state, update_metrics = update(_state(), scored, None, cfg)
+    numbers = metrics_lib.compute(metrics | update_metrics)
+    outcomes.append((numbers, state.train.params))
+  (expected, params), (actual, wider_params) = outcomes
+  assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+  assert_trees_close(wider_params, params, atol=1e-5)
+
+
 def test_ptx_adds_its_coefficient_times_the_language_models_gradient(scored):
   ptx = small.lm_batch()
   update = _programs()[1]

@@ -42,6 +42,7 @@ def test_a_file_whose_name_is_a_glob_is_that_file(tmp_path):
 
 @pytest.mark.parametrize("line, message", [
     ({"prompt": 4}, r":2: field 'prompt': must be a string, not an integer"),
+    ({"text": "a"}, r":2: field 'prompt': missing"),
     (b"{", r":2: not JSON: .* column"),
     (b"[1]", r":2: a record is a JSON object, not a list"),
     (b'{"prompt": "\xff"}', r":2: not UTF-8 at byte 12 of the line"),
@@ -54,6 +55,25 @@ def test_bad_line_names_file_line_field_and_reason(tmp_path, line, message):
   path = write(tmp_path / "x.jsonl", [{"prompt": "ok"}, line])
   with pytest.raises(ReadError, match="x.jsonl" + message):
     read_records(path, "prompt")
+
+
+@pytest.mark.parametrize("number, reason", [
+    ("NaN", "must be a finite number"),
+    ("-Infinity", "must be a finite number"),
+    ("1e999", "must be a finite number"),
+    ('"0.5"', "must be a number, not a string"),
+    ("true", "must be a number, not a boolean"),
+    ("null", "must be a number, not null"),
+])
+def test_bad_number_in_a_file_names_file_line_field_and_reason(
+    tmp_path, number, reason
+):
+  # NaN and Infinity are no JSON, but Python's writers put them there.
+  good = '{"prompt": "a", "completion": "b", "score": 1}'
+  path = tmp_path / "x.jsonl"
+  path.write_text(f"{good}\n{good.replace('1', number)}\n")
+  with pytest.raises(ReadError, match=f"x.jsonl:2: field 'score': {reason}"):
+    read_records(path, "rating")
 
 
 def test_line_numbers_count_blank_lines(tmp_path):
@@ -163,9 +183,23 @@ def test_any_bytes_parse_or_raise_a_record_error(line):
 
 
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(data=st.binary(max_size=80))
-def test_any_file_is_read_or_refused(tmp_path, data):
+@given(
+    lines=st.lists(
+        st.binary(max_size=40)
+        | st.just(b'{"prompt": "good"}')
+        | st.text().map(lambda x: json.dumps({"prompt": x}).encode()),
+        max_size=3,
+    ),
+    zipped=st.booleans(),
+)
+def test_any_file_is_read_or_refused(tmp_path, lines, zipped):
+  data = b"\n".join(lines)
   path = tmp_path / "any.jsonl"
-  path.write_bytes(data)
-  with pytest.raises(ReadError):
-    read_records(path, "prompt")
+  path.write_bytes(gzip.compress(data) if zipped else data)
+  try:
+    found = read_records(path, "prompt")
+  except ReadError as error:
+    assert str(path) in str(error)
+    return
+  # Nothing was passed over.
+  assert len(found) == sum(bool(x.strip()) for x in data.split(b"\n"))

@@ -141,7 +141,9 @@ def _kill_again_and_again(binary, moments, uninterrupted, tmp_path):
   assert not _half_way_through_a_save(workdir)
 
 
-def test_killed_sft_ends_bitwise_as_uninterrupted(uninterrupted, tmp_path):
+def test_sft_killed_again_and_again_ends_bitwise_as_uninterrupted(
+    uninterrupted, tmp_path
+):
   moments = [
       _evaluating_for_the_first_time,
       _half_way_through_a_save,
@@ -151,9 +153,19 @@ def test_killed_sft_ends_bitwise_as_uninterrupted(uninterrupted, tmp_path):
   _kill_again_and_again("sft", moments, uninterrupted, tmp_path)
 
 
-def test_killed_ppo_ends_bitwise_as_uninterrupted(uninterrupted, tmp_path):
+def test_ppo_killed_again_and_again_resumes_with_its_value_network_bitwise(
+    uninterrupted, finished_run, tmp_path
+):
   moments = [_half_way_through_a_save, _beyond_a_checkpoint]
   _kill_again_and_again("ppo", moments, uninterrupted, tmp_path)
+  # What was compared held a value network that had left the reward model,
+  # with an optimizer state of its own, and the controller.
+  saved = tiny.last_checkpoint(tmp_path / "killed")
+  start = tiny.model_arrays(finished_run / "reward")
+  name = "train.params.value.trunk.token_embedding"
+  assert (saved[name] != start["['trunk']['token_embedding']"]).any()
+  assert sum(name.removeprefix("train.params") in x for x in saved) == 3
+  assert "kl_coef" in saved and "iteration" in saved
 
 
 def _unfinish(workdir: pathlib.Path) -> None:
@@ -183,11 +195,20 @@ def test_half_written_checkpoint_is_passed_over_with_a_warning(
 # ---- The same run, and others ------------------------------------------------
 
 
-def test_the_same_seed_twice_is_bitwise_the_same(uninterrupted, tmp_path):
+def test_the_same_seed_reproduces_a_run_bitwise_and_another_does_not(
+    uninterrupted, finished_run, tmp_path
+):
   config, whole = uninterrupted("sft")
   done = tiny.call("sft", config, tmp_path / "again")
   assert done.returncode == 0, done.stderr
   assert_same_run(tmp_path / "again", whole)
+  other = sft_config(finished_run)
+  other.train.seed = 1
+  sft.run(from_config(sft.Config, other), str(tmp_path / "other"))
+  first, second = (
+      tiny.model_arrays(x) for x in (tmp_path / "other", whole)
+  )
+  assert all((first[name] != second[name]).any() for name in first)
 
 
 def test_another_config_is_refused_with_the_fields(

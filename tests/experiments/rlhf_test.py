@@ -1,5 +1,6 @@
 """The whole pipeline end to end, as users run it and as they get it wrong."""
 
+import dataclasses
 import json
 import pathlib
 import re
@@ -14,6 +15,8 @@ from experiments import ppo, preferences, pretrain, reward, rlhf, sft
 from experiments.harness import cli, models
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax import checkpoint
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.models import functions
 from rlhf_jax.updates import reward as reward_update
 from tests.experiments import tiny
 
@@ -121,6 +124,46 @@ def test_every_metric_is_explained_in_one_line(finished_run):
   assert len(written) > 40
   times = {name: explained.count(name) for name in written - {"step"}}
   assert {name: n for name, n in times.items() if n != 1} == {}
+
+
+@pytest.mark.parametrize("name", ["pretrain", "sft", "ppo"])
+def test_samples_of_the_same_prompts_can_be_followed_over_time(
+    finished_run, name
+):
+  rows = tiny.read_jsonl(finished_run / name / "samples.jsonl")
+  by_step = {}
+  for row in rows:
+    by_step.setdefault(row["step"], []).append(row)
+  # Before the first step, and at the last evaluation.
+  assert list(by_step) == [0, 2]
+  first, last = by_step.values()
+  prompts = [row["prompt"] for row in first]
+  assert len(prompts) == len(set(prompts)) == (2 if name == "ppo" else 4)
+  assert [row["prompt"] for row in last] == prompts
+  for row in rows:
+    assert row["prompt"].strip() and isinstance(row["completion"], str)
+    assert 1 <= row["completion_length"] <= tiny.COMPLETION_LENGTH
+    if name == "ppo":
+      assert {"score", "true_reward", "kl"} <= row.keys()
+  assert any(row["completion"] for row in rows)
+  # They are the policy's of their own step: at first it is its reference.
+  if name == "ppo":
+    assert max(abs(row["kl"]) for row in first) < 1e-6
+    assert min(row["kl"] for row in last) > 1e-5
+
+
+def test_missing_eos_penalty_is_what_a_run_trains_on(finished_run):
+  rows = tiny.read_jsonl(finished_run / "ppo" / "metrics.jsonl")
+  # Iterations in which no completion ended, as tiny ones seldom do.
+  rows = [row for row in rows if row.get("ppo/ended") == 0]
+  assert rows
+  for row in rows:
+    assert row["ppo/score_after_eos_rule"] == -1 != row["ppo/score"]
+    np.testing.assert_allclose(
+        row["ppo/reward_sum"],
+        -1 - row["ppo/kl_coef"] * row["ppo/kl"],
+        rtol=1e-5,
+    )
 
 
 def test_the_report_needs_nothing_beside_itself(finished_run):
@@ -363,7 +406,40 @@ def test_ppo_with_a_users_own_reward_rule_and_no_reward_model(
       row["score"] == count_digits(row["prompt"], row["completion"])
       for row in samples
   )
-  assert numbers["ppo/score"] >= 0
+  # The mean of whole numbers over eight episodes.
+  assert numbers["ppo/score"] >= 0 and numbers["ppo/score"] * 8 % 1 == 0
+
+
+def test_ppo_with_a_reward_model_of_another_tokenizer(finished_run, tmp_path):
+  model = models.load_reward_model(str(finished_run / "reward"))
+  policy = models.load_policy(str(finished_run / "sft"))
+  other = Tokenizer.train_byte_level_bpe(
+      ["What color is grass? Grass is green."] * 9, tiny.VOCAB_SIZE
+  )
+  text = "What color is grass?"
+  assert other.encode(text) != policy.tokenizer.encode(text)
+  models.save_reward_model(
+      tmp_path / "reward", dataclasses.replace(model, tokenizer=other)
+  )
+  one_ppo_step(
+      finished_run,
+      tmp_path / "ppo",
+      reward_model=str(tmp_path / "reward"),
+      value_init="policy",
+  )
+  score = jax.jit(functions.make_score_fn(model.config))
+  samples = tiny.read_jsonl(tmp_path / "ppo" / "samples.jsonl")
+  for row in samples:
+    ids = [other.bos_id, *other.encode(row["prompt"])]
+    ids += other.encode(row["completion"], continues=True)
+    ids += [other.eos_id] if row["ended"] else []
+    tokens = np.zeros((1, tiny.MAX_LENGTH), np.int32)
+    tokens[0, : len(ids)] = ids
+    mask = (np.arange(tiny.MAX_LENGTH) < len(ids))[None].astype(np.int32)
+    raw = float(score(model.params, tokens, mask)[0])
+    expected = model.normalization.gain * raw + model.normalization.bias
+    np.testing.assert_allclose(row["score"], expected, rtol=1e-4, atol=1e-4)
+  assert len({row["score"] for row in samples}) > 1
 
 
 def test_a_reward_rule_that_is_not_there_is_named(finished_run, tmp_path):
@@ -516,8 +592,9 @@ def test_too_long_a_prompt_is_an_error_with_its_length(
     finished_run, tmp_path, capsys
 ):
   path = tmp_path / "prompts.jsonl"
-  path.write_text(json.dumps({"prompt": "word " * 200}) + "\n")
-  path.write_text(path.read_text() * 20)
+  # Of origins of their own, so that they can be divided.
+  rows = [{"prompt": f"{i} " + "word " * 200} for i in range(20)]
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
   settings = tiny.stage("sft", finished_run)
   settings.train.sample_prompts.update(source=str(path), limit=0)
   message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))

@@ -20,7 +20,9 @@ ESTIMATORS = ["kl_k1", "kl_k2", "kl_k3"]
     mask=ragged.masks(),
     junk=st.sampled_from(ragged.JUNK),
 )
-def test_estimators_match_a_loop(name, logprobs, ref_logprobs, mask, junk):
+def test_estimators_match_a_loop_over_ragged_rows(
+    name, logprobs, ref_logprobs, mask, junk
+):
   out = getattr(kl, name)(
       jnp.asarray(ragged.spoil(logprobs, mask, junk)), jnp.asarray(ref_logprobs)
   )
@@ -41,19 +43,32 @@ def test_estimators_match_a_loop(name, logprobs, ref_logprobs, mask, junk):
 
 
 @hypothesis.given(
-    logits=ragged.floats((2, 5)),
-    ref_logits=ragged.floats((2, 5)),
+    logits=ragged.floats((*SHAPE, 4)),
+    ref_logits=ragged.floats((*SHAPE, 4)),
+    mask=ragged.masks(),
+    junk=st.sampled_from(ragged.JUNK),
     temperature=st.sampled_from([0.5, 1.0, 2.0]),
 )
-def test_exact_matches_a_loop(logits, ref_logits, temperature):
+def test_exact_matches_a_loop_over_ragged_rows(
+    logits, ref_logits, mask, junk, temperature
+):
   out = kl.kl_exact(
-      jnp.asarray(logits), jnp.asarray(ref_logits), temperature=temperature
+      jnp.asarray(ragged.spoil(logits, mask[..., None], junk)),
+      jnp.asarray(ragged.spoil(ref_logits, mask[..., None], junk)),
+      temperature=temperature,
   )
   expected = [
-      reference.kl_exact(p, q, temperature)
-      for p, q in zip(logits, ref_logits, strict=True)
+      [
+          reference.kl_exact(logits[row, t], ref_logits[row, t], temperature)
+          for t in range(n)
+      ]
+      for row, n in enumerate(mask.sum(1))
   ]
-  np.testing.assert_allclose(out, expected, atol=1e-5)
+  np.testing.assert_allclose(
+      masking.zero_masked(out, jnp.asarray(mask)),
+      ragged.pad(expected, mask),
+      atol=2e-5,
+  )
 
 
 @hypothesis.given(logits=ragged.floats((6,)), ref_logits=ragged.floats((6,)))

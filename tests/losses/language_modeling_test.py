@@ -22,7 +22,9 @@ temperatures = st.sampled_from([0.5, 1.0, 2.0])
     temperature=temperatures,
     seed=st.integers(0, 2**16),
 )
-def test_token_logprobs_match_a_loop(logits, mask, junk, temperature, seed):
+def test_token_logprobs_match_a_loop_over_ragged_rows(
+    logits, mask, junk, temperature, seed
+):
   tokens = np.random.default_rng(seed).integers(0, V, SHAPE)
   spoiled = ragged.spoil(logits, mask[..., None], junk)
   out = lm.token_logprobs(
@@ -40,29 +42,51 @@ def test_token_logprobs_match_a_loop(logits, mask, junk, temperature, seed):
 
 
 @hypothesis.given(
-    logits=ragged.floats((*SHAPE, V)), z_loss_coef=st.sampled_from([0.0, 0.1])
+    logits=ragged.floats((*SHAPE, V)),
+    mask=ragged.masks(min_length=1),
+    junk=st.sampled_from(ragged.JUNK),
+    z_loss_coef=st.sampled_from([0.0, 0.1]),
 )
-def test_cross_entropy_matches_a_loop(logits, z_loss_coef):
+def test_cross_entropy_matches_a_loop_over_ragged_rows(
+    logits, mask, junk, z_loss_coef
+):
   tokens = np.arange(logits[..., 0].size).reshape(SHAPE) % V
   out = lm.cross_entropy_loss(
-      jnp.asarray(logits),
+      jnp.asarray(ragged.spoil(logits, mask[..., None], junk)),
       jnp.asarray(tokens, dtype=jnp.int32),
       z_loss_coef=z_loss_coef,
   )
-  for row in range(ragged.BATCH):
-    logprobs = reference.token_logprobs(logits[row], tokens[row])
+  for row, n in enumerate(mask.sum(1)):
+    logprobs = reference.token_logprobs(logits[row, :n], tokens[row, :n])
     expected = [
         z_loss_coef * reference.log_normalizer(logits[row, i]) ** 2 - lp
         for i, lp in enumerate(logprobs)
     ]
-    np.testing.assert_allclose(out[row], expected, atol=1e-5)
+    np.testing.assert_allclose(out[row, : n - 1], expected, atol=1e-5)
 
 
-@hypothesis.given(logits=ragged.floats((2, V)), temperature=temperatures)
-def test_entropy_matches_a_loop(logits, temperature):
-  out = lm.entropy(jnp.asarray(logits), temperature=temperature)
-  expected = [reference.entropy(row, temperature) for row in logits]
-  np.testing.assert_allclose(out, expected, atol=1e-5)
+@hypothesis.given(
+    logits=ragged.floats((*SHAPE, V)),
+    mask=ragged.masks(),
+    junk=st.sampled_from(ragged.JUNK),
+    temperature=temperatures,
+)
+def test_entropy_matches_a_loop_over_ragged_rows(
+    logits, mask, junk, temperature
+):
+  out = lm.entropy(
+      jnp.asarray(ragged.spoil(logits, mask[..., None], junk)),
+      temperature=temperature,
+  )
+  expected = [
+      [reference.entropy(logits[row, t], temperature) for t in range(n)]
+      for row, n in enumerate(mask.sum(1))
+  ]
+  np.testing.assert_allclose(
+      masking.zero_masked(out, jnp.asarray(mask)),
+      ragged.pad(expected, mask),
+      atol=1e-5,
+  )
 
 
 def test_masked_entries_reach_neither_loss_nor_gradient():

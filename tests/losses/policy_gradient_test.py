@@ -1,4 +1,5 @@
 import functools
+import math
 
 import hypothesis
 import hypothesis.strategies as st
@@ -43,6 +44,36 @@ def test_surrogate_matches_a_loop_over_ragged_rows(
       rtol=1e-4,
       atol=1e-6,
   )
+
+
+@hypothesis.given(
+    logprobs=ragged.floats(SHAPE),
+    other=ragged.floats(SHAPE),
+    mask=ragged.masks(),
+    junk=st.sampled_from(ragged.JUNK),
+)
+def test_policy_gradient_and_ratio_match_loops_over_ragged_rows(
+    logprobs, other, mask, junk
+):
+  arrays = [
+      jnp.asarray(ragged.spoil(x, mask, junk)) for x in (logprobs, other)
+  ]
+  pairs = [
+      list(zip(*row, strict=True))
+      for row in zip(
+          ragged.rows(logprobs, mask), ragged.rows(other, mask), strict=True
+      )
+  ]
+  for loss, expected in (
+      (policy_gradient.policy_gradient_loss, lambda x, y: -x * y),
+      (policy_gradient.importance_ratio, lambda x, y: math.exp(x - y)),
+  ):
+    np.testing.assert_allclose(
+        masking.zero_masked(loss(*arrays), jnp.asarray(mask)),
+        ragged.pad([[expected(*pair) for pair in row] for row in pairs], mask),
+        rtol=1e-5,
+        atol=1e-6,
+    )
 
 
 @hypothesis.given(

@@ -10,6 +10,7 @@ from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.rewards.reward_model import make_reward_model
 from rlhf_jax.types import ScoreNormalization
+from tests.data.tokenizer_test import metaspace_tokenizer
 from tests.models.small import random_params, small_config
 from tests.rewards.conftest import (
     COMPLETIONS,
@@ -49,10 +50,29 @@ def test_scores_the_rollouts_own_tokens_and_normalises(tokenizer, episodes):
   np.testing.assert_allclose(score, _expected(tokenizer), atol=1e-5)
 
 
-def test_score_is_independent_of_the_rollouts_padding(tokenizer, episodes):
+def test_score_does_not_depend_on_the_rollouts_padding(tokenizer, episodes):
   reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)
   wider = make_episodes(tokenizer, prompt_length=20, completion_length=24)
   np.testing.assert_allclose(reward(wider), reward(episodes), atol=1e-5)
+
+
+def test_pad_equal_to_eos_does_not_move_the_scored_token(tokenizer, episodes):
+  rollout = episodes.rollout
+  fill = lambda tokens, mask: jnp.where(mask == 1, tokens, tokenizer.eos_id)
+  filled = Episodes(
+      dataclasses.replace(
+          rollout,
+          prompts=fill(rollout.prompts, rollout.prompt_mask),
+          completions=fill(rollout.completions, rollout.completion_mask),
+      ),
+      tokenizer,
+  )
+  # Of one completion that ended and one that did not there is padding.
+  ended, mask = np.asarray(ENDED), np.asarray(rollout.completion_mask)
+  assert (mask[ended] == 0).any() and (mask[~ended] == 0).any()
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)
+  np.testing.assert_array_equal(reward(filled), reward(episodes))
+  np.testing.assert_allclose(reward(filled), _expected(tokenizer), atol=1e-5)
 
 
 def test_what_a_stop_token_ended_is_scored_at_an_end_token(tokenizer, episodes):
@@ -82,6 +102,16 @@ def test_reward_model_with_another_tokenizer_encodes_the_text_anew(
   np.testing.assert_allclose(
       reward(episodes), _expected(other_tokenizer), atol=1e-5
   )
+
+
+def test_another_tokenizer_puts_no_space_before_a_completion(
+    tmp_path, episodes
+):
+  # As Llama's: a text that starts gets a space, a text that goes on does not.
+  spaced = metaspace_tokenizer(tmp_path)
+  assert spaced.encode("a") != spaced.encode("a", continues=True)
+  reward = make_reward_model(CONFIG, PARAMS, NORMALIZATION, spaced)
+  np.testing.assert_allclose(reward(episodes), _expected(spaced), atol=1e-5)
 
 
 @pytest.mark.parametrize("same", [True, False])

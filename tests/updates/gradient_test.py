@@ -56,7 +56,7 @@ accumulate = jax.jit(
 
 
 @pytest.mark.parametrize("num_parts", [2, 4, 12])
-def test_gradients_and_metrics_do_not_depend_on_the_microbatches(num_parts):
+def test_microbatches_change_neither_gradients_nor_metrics(num_parts):
   grads, metrics = accumulate(_share, _params(), _batch(), 1)
   parts, part_metrics = accumulate(_share, _params(), _batch(), num_parts)
   assert_trees_close(parts, grads, atol=1e-6)

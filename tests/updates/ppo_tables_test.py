@@ -186,7 +186,9 @@ def test_score_lands_on_the_last_real_token_by_hand_computation():
   assert numbers["ppo/rollout_logprob_gap"] == 0.0
 
 
-def test_missing_eos_rule_replaces_the_score_only_when_it_is_on():
+def test_missing_eos_penalty_is_on_by_default_and_off_only_when_asked():
+  assert ppo.PPOConfig().replace_missing_eos
+  assert ppo.PPOConfig().missing_eos_score == -1.0
   on, _ = _golden(replace_missing_eos=True)
   off, _ = _golden(replace_missing_eos=False)
   np.testing.assert_array_equal(on.score, [1.0, -1.0])
@@ -309,7 +311,7 @@ def test_padding_of_a_scored_rollout_counts_for_nothing():
   assert_trees_equal(metrics, clean_metrics)
 
 
-def test_same_seed_is_bitwise_the_same_and_another_is_not():
+def test_same_seed_gives_bitwise_the_same_update_and_another_does_not():
   cfg = _cfg(num_minibatches=2)
   scored, _ = _scored(cfg)
   run = lambda seed: update(

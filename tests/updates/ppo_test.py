@@ -88,10 +88,17 @@ def test_rollout_logprobs_equal_those_of_the_update_at_temperature():
   assert metrics_lib.compute(metrics)["ppo/rollout_logprob_gap"] > 0.1
 
 
-def test_ratio_is_one_on_the_first_minibatch_in_float32(updated):
+def test_ratio_is_one_on_the_first_minibatch_in_float32(scored, updated):
   numbers = metrics_lib.compute(updated[1])
   assert numbers["ppo/first_ratio_gap"] < 1e-6
   assert numbers["ppo/ratio_gap"] > 1e-3
+  # Had another policy sampled, every ratio would be 1.1 and the gap show it.
+  other = dataclasses.replace(
+      scored, old_logprobs=scored.old_logprobs - np.float32(np.log(1.1))
+  )
+  _, metrics = _programs()[1](_state(), other, small.lm_batch(), CFG)
+  gap = metrics_lib.compute(metrics)["ppo/first_ratio_gap"]
+  np.testing.assert_allclose(gap, 0.1, atol=1e-5)
 
 
 def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():
@@ -103,7 +110,7 @@ def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():
   assert metrics_lib.compute(metrics)["ppo/first_ratio_gap"] < 0.01
 
 
-def test_four_microbatches_equal_one_in_scoring_and_update(scored, updated):
+def test_microbatches_change_nothing_in_scoring_and_update(scored, updated):
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   metrics = _score()[1]
   scored_4, metrics_4 = _score(cfg)
@@ -118,7 +125,7 @@ def test_four_microbatches_equal_one_in_scoring_and_update(scored, updated):
   )
 
 
-def test_one_device_equals_eight_in_scoring_and_update(scored, updated):
+def test_devices_change_nothing_in_scoring_and_update(scored, updated):
   mesh = sharding.make_mesh(8)
   score_rollout, update = _programs()
   rollout = sharding.shard_rows(scored.rollout, mesh)
@@ -146,6 +153,72 @@ def test_one_device_equals_eight_in_scoring_and_update(scored, updated):
   assert_trees_close(
       compute(metrics_8), compute(updated[1]), rtol=1e-5, atol=1e-5
   )
+
+
+def _real(tree, mask):
+  """Every array [B, C] of `tree` with its padding made equal."""
+  return jax.tree.map(
+      lambda x: jnp.where(mask == 1, x, 0) if x.shape == mask.shape else x, tree
+  )
+
+
+def test_pad_equal_to_eos_changes_nothing_from_rollout_to_update():
+  plain = small.sampled_rollout()
+  rollout = small.sampled_rollout(pad_id=small.EOS)
+  mask = rollout.completion_mask
+  # Some rows end by the very token that fills them up; it is real once.
+  ends = (rollout.completions == small.EOS) & (mask == 1)
+  assert 0 < ends.any(axis=1).sum() < small.B and ends.sum(axis=1).max() == 1
+  assert bool(jnp.all(rollout.completions[mask == 0] == small.EOS))
+  assert_trees_equal(_real(rollout, mask), _real(plain, mask))
+
+  cfg = dataclasses.replace(CFG, ptx_coef=0.0)
+  score_rollout, update = _programs()
+  outcomes = []
+  for each in (rollout, plain):
+    scored, metrics = score_rollout(
+        _params(), _ref_params(), each, SCORE, KL_COEF, cfg
+    )
+    real = mask == 1
+    np.testing.assert_allclose(
+        scored.old_logprobs[real], each.logprobs[real], atol=1e-5
+    )
+    state, update_metrics = update(_state(), scored, None, cfg)
+    # Nor is an end token left out of both.
+    assert int(metrics["ppo/value"].count) == int(mask.sum())
+    assert int(update_metrics["ppo/ratio"].count) == 2 * int(mask.sum())
+    outcomes.append(
+        (_real(scored, mask), metrics, state.train.params, update_metrics)
+    )
+  assert_trees_equal(*outcomes)
+
+
+def test_amount_of_padding_changes_nothing_in_scoring_and_update():
+  rollout = small.sampled_rollout()
+  # Two more columns before the prompts, three behind the completions.
+  left = lambda x, fill=0: jnp.pad(x, ((0, 0), (2, 0)), constant_values=fill)
+  right = lambda x, fill=0: jnp.pad(x, ((0, 0), (0, 3)), constant_values=fill)
+  wider = dataclasses.replace(
+      rollout,
+      prompts=left(rollout.prompts, 9),
+      prompt_mask=left(rollout.prompt_mask),
+      completions=right(rollout.completions, 9),
+      completion_mask=right(rollout.completion_mask),
+      logprobs=right(rollout.logprobs),
+  )
+  cfg = dataclasses.replace(CFG, ptx_coef=0.0)
+  score_rollout, update = _programs()
+  outcomes = []
+  for each in (rollout, wider):
+    scored, metrics = score_rollout(
+        _params(), _ref_params(), each, SCORE, KL_COEF, cfg
+    )
+    state, update_metrics = update(_state(), scored, None, cfg)
+    numbers = metrics_lib.compute(metrics | update_metrics)
+    outcomes.append((numbers, state.train.params))
+  (expected, params), (actual, wider_params) = outcomes
+  assert_trees_close(actual, expected, rtol=1e-4, atol=1e-5)
+  assert_trees_close(wider_params, params, atol=1e-5)
 
 
 def test_ptx_adds_its_coefficient_times_the_language_models_gradient(scored):
@@ -247,7 +320,7 @@ def test_nan_score_is_not_applied_and_the_metrics_name_the_tensors(scored):
   assert "nonfinite/policy/trunk/token_embedding" in culprits
 
 
-def test_same_seed_is_bitwise_the_same(scored, updated):
+def test_same_seed_gives_bitwise_the_same_update(scored, updated):
   again = _programs()[1](_state(), scored, small.lm_batch(), CFG)
   assert_trees_equal(again[0].train.params, updated[0].train.params)
   assert_trees_equal(again[1], updated[1])

@@ -74,7 +74,35 @@ def test_ranking_loss_weighs_a_prompt_once_as_a_numpy_loop(updated):
 
 
 @kinds
-def test_four_microbatches_equal_one(updated, kind):
+def test_objective_adds_the_centring_and_divides_by_the_weight_it_is_given(
+    kind,
+):
+  batch = BATCHES[kind]
+  objective = {
+      "pairs": reward.reward_objective, "rankings": reward.ranking_objective
+  }[kind]
+  total = 0.0
+  for i, score in enumerate(_scores(batch)):
+    if kind == "pairs":
+      loss = reference.bradley_terry(*score, float(batch.margin[i]))
+      center = (score[0] + score[1]) ** 2
+    else:
+      valid = np.asarray(batch.completion_valid[i])
+      ranks = np.asarray(batch.ranks[i])[valid]
+      loss = reference.pairwise_ranking(score[valid], ranks)
+      center = (2 * score[valid].mean()) ** 2 if valid.any() else 0.0
+    total += float(batch.weight[i]) * (loss + CFG.center_coef * center)
+  # A microbatch divides by the whole batch's weight, which is not its own.
+  loss, _ = jax.jit(
+      lambda params: objective(
+          params, batch, small.score_fn, CFG, jnp.float32(1000)
+      )
+  )(small.scalar_params())
+  np.testing.assert_allclose(loss, total / 1000, rtol=1e-5)
+
+
+@kinds
+def test_microbatches_change_nothing(updated, kind):
   state, metrics = updated[kind]
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   state_4, metrics_4 = update(_state(), BATCHES[kind], cfg)
@@ -88,7 +116,7 @@ def test_four_microbatches_equal_one(updated, kind):
 
 
 @kinds
-def test_one_device_equals_eight(updated, kind):
+def test_devices_change_nothing(updated, kind):
   state, metrics = updated[kind]
   mesh = sharding.make_mesh(8)
   state_8, metrics_8 = update(
@@ -173,7 +201,7 @@ def test_batch_of_no_weight_moves_nothing():
   assert float(metrics["nonfinite/loss"].total) == 0
 
 
-def test_same_seed_is_bitwise_the_same(updated):
+def test_same_seed_gives_bitwise_the_same_update(updated):
   again, _ = update(_state(), BATCHES["pairs"], CFG)
   assert_trees_equal(again.params, updated["pairs"][0].params)
 

@@ -1,5 +1,4 @@
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,8 @@ import pytest
 
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import optim, sharding
+from rlhf_jax.data import packing
+from rlhf_jax.losses.language_modeling import token_logprobs
 from rlhf_jax.models import functions
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import LMBatch
@@ -49,7 +50,24 @@ def test_loss_is_the_mean_over_target_tokens_of_a_numpy_loop(updated):
   assert int(updated[1]["sft/loss"].count) == len(losses)
 
 
-def test_four_microbatches_equal_one(updated):
+def test_objective_adds_the_z_loss_and_divides_by_the_count_it_is_given():
+  batch, params = small.lm_batch(), _state().params
+  logits = jax.jit(small.logits_fn)(params, batch.tokens, batch.segment_ids)
+  total = 0.0
+  for b, i in zip(*np.nonzero(np.asarray(batch.loss_mask)), strict=True):
+    row = np.asarray(logits[b, i - 1], np.float64)
+    total -= reference.log_softmax(row)[int(batch.tokens[b, i])]
+    total += 0.01 * reference.log_normalizer(row) ** 2
+  # A microbatch divides by the whole batch's count, which is not its own.
+  loss, _ = jax.jit(
+      lambda params: sft.sft_objective(
+          params, batch, small.logits_fn, CFG, jnp.float32(1000)
+      )
+  )(params)
+  np.testing.assert_allclose(loss, total / 1000, rtol=1e-5)
+
+
+def test_microbatches_change_nothing(updated):
   state, metrics = updated
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   state_4, metrics_4 = update(_state(), small.lm_batch(), cfg)
@@ -59,7 +77,7 @@ def test_four_microbatches_equal_one(updated):
   )
 
 
-def test_one_device_equals_eight(updated):
+def test_devices_change_nothing(updated):
   state, metrics = updated
   mesh = sharding.make_mesh(8)
   state_8, metrics_8 = update(
@@ -73,7 +91,7 @@ def test_one_device_equals_eight(updated):
   )
 
 
-def test_same_seed_is_bitwise_the_same(updated):
+def test_same_seed_gives_bitwise_the_same_update(updated):
   assert_trees_equal(
       update(_state(), small.lm_batch(), CFG)[0].params, updated[0].params
   )
@@ -91,6 +109,32 @@ def test_what_is_no_target_is_not_trained_on(updated):
   first, _ = update(_state(), masked, CFG)
   second, _ = update(_state(), changed, CFG)
   assert_trees_close(first.params, second.params, atol=1e-7)
+
+
+def test_pad_equal_to_eos_changes_nothing_and_the_end_is_still_learnt():
+  # Demonstrations of 2 prompt tokens, a completion and its end token.
+  ids = [[5, 6, *range(7, 7 + n), small.EOS] for n in (1, 3, 2, 4)]
+  examples = [(x, [0.0, 0.0, *[1.0] * (len(x) - 2)]) for x in ids]
+  plain, same = (
+      jax.tree.map(jnp.asarray, packing.pack(examples, small.T, pad_id=pad_id))
+      for pad_id in (0, small.EOS)
+  )
+  padding = same.segment_ids == 0
+  assert bool(jnp.all(same.tokens[padding] == small.EOS)) and padding.any()
+  # Every end token is a target, and no padding is.
+  targets = np.asarray(same.tokens)[np.asarray(same.loss_mask) == 1]
+  assert (targets == small.EOS).sum() == len(ids)
+  state, metrics = update(_state(), same, CFG)
+  expected, expected_metrics = update(_state(), plain, CFG)
+  assert_trees_equal(state.params, expected.params)
+  assert_trees_equal(metrics, expected_metrics)
+  probability = lambda params: jnp.exp(
+      token_logprobs(
+          jax.jit(small.logits_fn)(params, same.tokens, same.segment_ids),
+          same.tokens,
+      )
+  )[(same.tokens[:, 1:] == small.EOS) & (same.loss_mask[:, 1:] == 1)]
+  assert probability(state.params).mean() > probability(_state().params).mean()
 
 
 def test_batch_without_a_target_moves_nothing():
@@ -124,8 +168,7 @@ def test_z_loss_coefficient_is_data_and_compiles_nothing():
   assert step._cache_size() == 1
 
 
-@functools.cache
-def _overfit(num_steps=250):
+def _overfit(dtype, num_steps=250):
   """Eight random sequences; the first two tokens tell which one it is."""
   tokens = random_tokens(3, 8, 8, vocab_size=small.V)
   tokens = tokens.at[:, 0].set(jnp.arange(8)).at[:, 1].set(jnp.arange(8))
@@ -134,7 +177,7 @@ def _overfit(num_steps=250):
       segment_ids=jnp.ones_like(tokens),
       loss_mask=jnp.ones((8, 8), jnp.float32).at[:, :2].set(0.0),
   )
-  config = dataclasses.replace(small.CONFIG, num_layers=2)
+  config = dataclasses.replace(small.CONFIG, num_layers=2, dtype=dtype)
   tx = optim.make_optimizer(
       optim.OptimizerConfig(learning_rate=0.02, schedule="linear"), num_steps
   )
@@ -147,11 +190,24 @@ def _overfit(num_steps=250):
     body = lambda state, _: step(state, batch, sft.SFTConfig())
     return jax.lax.scan(body, state, None, length=num_steps)
 
-  return train(state)[1]
+  return train(state)
 
 
-def test_overfits_eight_sequences():
-  metrics = _overfit()
+def _assert_overfits(dtype):
+  state, metrics = _overfit(dtype)
   loss = metrics["sft/loss"].total / metrics["sft/loss"].count
   assert loss[0] > 2.5
   assert loss[-1] < 0.05
+  assert not metrics["nonfinite/steps"].total.any()
+  return state
+
+
+def test_overfits_eight_sequences():
+  _assert_overfits("float32")
+
+
+def test_bfloat16_neither_collapses_nor_rounds_the_steps_away():
+  state = _assert_overfits("bfloat16")
+  # Only the arithmetic is in bfloat16: its 8 bits would lose small updates.
+  dtypes = {x.dtype for x in jax.tree.leaves((state.params, state.opt_state))}
+  assert jnp.dtype("bfloat16") not in dtypes

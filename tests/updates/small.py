@@ -28,6 +28,7 @@ CONFIG = small_config(
     max_length=16,
 )
 B, P, C, T = 16, 3, 5, 10
+EOS = 3
 TEMPERATURE = 0.7
 LEARNING_RATE = 0.1
 # A plain gradient step shows a gradient as it is; Adam would divide by it.
@@ -97,7 +98,7 @@ def ranking_batch(seed=0, rows=B, num=3) -> RankingBatch:
 
 
 @functools.cache
-def sampled_rollout(seed=0):
+def sampled_rollout(seed=0, pad_id=0):
   """B completions of the policy of `language_model_params()`, ragged."""
   prompts = random_tokens(seed, B, P, vocab_size=V)
   lengths = np.random.default_rng(seed).integers(1, P + 1, B)
@@ -107,9 +108,10 @@ def sampled_rollout(seed=0):
   sampling = decode.SamplingConfig(
       max_new_tokens=C,
       temperature=TEMPERATURE,
-      eos_id=3,
+      eos_id=EOS,
       stop_ids=(2, 5, 7),
       stop_after=1,
+      pad_id=pad_id,
   )
   return jax.jit(decode.make_generate(LanguageModel(CONFIG)))(
       language_model_params(),

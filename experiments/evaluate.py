@@ -61,7 +61,7 @@ class Config:
           f"{', '.join(self.policies)}"
       )
     evaluator.check_judge(self.judge)
-    checks.check_ranges(self, "evaluate", {"batch_size": ">= 1"})
+    checks.check_ranges(self, "", {"batch_size": ">= 1", "seed": "seed"})
     if self.ref_policy and self.ref_policy not in self.places:
       raise ValueError(
           f"ref_policy={self.ref_policy!r} is none of the policies "
@@ -108,14 +108,15 @@ def complete(
   policies = {
       name: models.load_policy(place) for name, place in config.places.items()
   }
-  _check_fits(config, policies)
-  prompts = _encode(config, policies, reader.prompts(config.prompts, "heldout"))
-  judge = evaluator.make_judge(config.judge)
-  reward_fn = (
-      evaluator.make_reward_fn(models.load_reward_model(config.reward_model))
+  reward_model = (
+      models.load_reward_model(config.reward_model)
       if config.reward_model
       else None
   )
+  _check_fits(config, policies, reward_model)
+  prompts = _encode(config, policies, reader.prompts(config.prompts, "heldout"))
+  judge = evaluator.make_judge(config.judge)
+  reward_fn = reward_model and evaluator.make_reward_fn(reward_model)
   rows = {}
   for name, policy in policies.items():
     sampler = evaluator.Evaluator(
@@ -133,16 +134,16 @@ def complete(
   return rows
 
 
-def _check_fits(config: Config, policies: dict[str, models.Policy]) -> None:
-  samples = config.samples
-  length = samples.max_prompt_length + samples.max_completion_length
+def _check_fits(
+    config: Config,
+    policies: dict[str, models.Policy],
+    reward_model: models.RewardModel | None,
+) -> None:
   ref_policy = policies.get(config.ref_policy)
   for name, policy in policies.items():
-    if length > policy.config.max_length:
-      raise ConfigError(
-          f"max_prompt_length + max_completion_length = {length} does not fit "
-          f"policy {name!r}, whose max_length is {policy.config.max_length}"
-      )
+    checks.check_samples_fit(
+        config.samples, {f"policy {name!r}": policy}, reward_model
+    )
     if (
         ref_policy
         and policy.tokenizer.fingerprint != ref_policy.tokenizer.fingerprint

@@ -12,7 +12,8 @@
   7. report        DIR/report.html, and its headline here
 
 Each stage has its own folder in DIR and its own binary. A finished stage is
-skipped, an unfinished one resumes. A stage that the config leaves out (None) is
+skipped, an unfinished one resumes; --reuse=RUN links what another run has done
+alike. A stage that the config leaves out (None) is
 one that another run, or a model on disk, stands in for. `@run/` in a place or
 source stands for DIR.
 """
@@ -51,6 +52,13 @@ _START_AT = flags.DEFINE_string(
     "",
     f"Passes over the stages before this one ({', '.join(STAGES)}); what it "
     "reads must be there.",
+)
+
+_REUSE = flags.DEFINE_string(
+    "reuse",
+    "",
+    "The workdir of another run: its finished stages are linked, up to the "
+    "first that this config would run otherwise.",
 )
 
 
@@ -167,16 +175,22 @@ def _scorers(section: ppo.Config | evaluate.Config) -> list[str]:
   ]
 
 
-def run(config: Config, workdir: str, start_at: str = "") -> None:
-  """Runs all stages, or those from `start_at` on."""
+def run(
+    config: Config, workdir: str, start_at: str = "", reuse: str = ""
+) -> None:
+  """Runs all stages, or those from `start_at` on, or that `reuse` has not."""
   if start_at and start_at not in STAGES:
     raise cli.UserError(
         f"--start_at={start_at!r} is none of {', '.join(STAGES)}"
     )
   names = list(STAGES)
   names = names[names.index(start_at) if start_at else 0 :]
+  if reuse and not pathlib.Path(reuse).is_dir():
+    raise cli.UserError(f"--reuse={reuse}: no such run")
   _check_inputs(config, workdir, names)
   out = stage.Stage(workdir, config, is_run=True)
+  if reuse:
+    _link_finished(config, out.dir, pathlib.Path(reuse).resolve())
   for name in names:
     stage_config = getattr(config, name)
     if stage_config is None:
@@ -191,6 +205,25 @@ def run(config: Config, workdir: str, start_at: str = "") -> None:
   path = report.write_report(out.dir)
   print(report.summary_text(out.dir))
   print(f"\nreport: {path}")
+
+
+def _link_finished(
+    config: Config, workdir: pathlib.Path, other: pathlib.Path
+) -> None:
+  """Links the stages of `other` that this config would only repeat.
+
+  Up to the first that it would not: those after it read what is new.
+  """
+  for name in STAGES:
+    section, mine = getattr(config, name), workdir / name
+    if section is None or mine.is_symlink():
+      continue
+    same = stage.is_done(other / name, in_run(section, str(other)))
+    if mine.exists() or not same:
+      logging.info("rlhf: nothing is reused from %s on", name)
+      return
+    mine.symlink_to(other / name, target_is_directory=True)
+    logging.info("rlhf: %s is that of %s", name, other)
 
 
 def _check_inputs(config: Config, workdir: str, names: list[str]) -> None:
@@ -229,5 +262,8 @@ def in_run(value: Any, workdir: str) -> Any:
 
 if __name__ == "__main__":
   cli.launch(
-      Config, lambda config, workdir: run(config, workdir, _START_AT.value)
+      Config,
+      lambda config, workdir: run(
+          config, workdir, _START_AT.value, _REUSE.value
+      ),
   )

@@ -78,7 +78,7 @@ def check_optimizer(cfg: optim.OptimizerConfig, num_steps: int) -> None:
           "b2": "[0, 1)",
           "epsilon": "> 0",
           "weight_decay": ">= 0",
-          "max_grad_norm": "> 0",
+          "max_grad_norm": "> 0 or inf",
       },
   )
   if cfg.warmup_steps >= num_steps:

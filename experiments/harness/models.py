@@ -30,7 +30,7 @@ from rlhf_jax.types import ScoreNormalization
 LLAMA2C = "llama2c:"
 RUN = "@run/"
 # Any other @ is part of a path.
-_CHECKPOINT = re.compile(r"(.+)@(\d+|last|best)")
+CHECKPOINT = re.compile(r"(.+)@(\d+|last|best)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,7 +99,7 @@ def load_policy(place: str) -> Policy:
     tokenizer = Tokenizer.from_sentencepiece(tokenizer_path)
     _check_vocabulary(place, config, tokenizer)
     return Policy(config, params, tokenizer)
-  if match := _CHECKPOINT.fullmatch(place):
+  if match := CHECKPOINT.fullmatch(place):
     return _load_checkpoint(place, *match.groups())
   config, params, tokenizer, _ = _load(place, "policy")
   return Policy(config, params, tokenizer)

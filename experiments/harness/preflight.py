@@ -65,8 +65,8 @@ def _check_place(place: str) -> None:
   if place.startswith(models.LLAMA2C):
     for path in place.removeprefix(models.LLAMA2C).partition(":")[::2]:
       _check_file(path)
-  elif "@" in place:
-    _check_exists(place.rpartition("@")[0])
+  elif checkpoint := models.CHECKPOINT.fullmatch(place):
+    _check_exists(checkpoint[1])
   elif not (pathlib.Path(place) / "model").is_dir():
     raise ConfigError(
         f"{place} holds no finished model; name the workdir of a stage that "

@@ -51,10 +51,11 @@ class Stage:
   def __init__(self, workdir: str, config: Any, *, is_run: bool = False):
     self._start = time.monotonic()
     self.dir = pathlib.Path(workdir)
-    beside = f"{self.dir.resolve().parent}/"
-    self.config = config_lib.to_dict(config)
-    if not is_run:
-      self.config = _replaced(self.config, beside, models.RUN)
+    self.config = (
+        json.loads(json.dumps(config_lib.to_dict(config)))
+        if is_run
+        else _portable(config, self.dir)
+    )
     self.dir.mkdir(parents=True, exist_ok=True)
     self.finished = (self.dir / "finished.json").exists()
     path = self.dir / "config.json"
@@ -67,19 +68,15 @@ class Stage:
       logging.info("%s is finished already", self.dir)
 
   def _compare(self, path: pathlib.Path) -> None:
-    # JSON's own view of both, so that tuples and lists are alike.
     saved = json.loads(path.read_text())
-    given = json.loads(json.dumps(self.config))
-    refused = checkpoint.config_differences(
-        saved, given, free_fields=FREE_FIELDS
-    )
+    refused = _differences(saved, self.config)
     if refused:
       raise checkpoint.ConfigMismatch(
           f"{self.dir} holds a run of another config:\n  "
           + "\n  ".join(refused)
           + "\nuse the saved config, or another --workdir"
       )
-    changed = checkpoint.config_differences(saved, given)
+    changed = checkpoint.config_differences(saved, self.config)
     if not changed or self.finished:
       return
     logging.info("%s goes on with %s", self.dir, "; ".join(changed))
@@ -99,6 +96,27 @@ class Stage:
       seconds = round(time.monotonic() - self._start, 3)
       write_jsonl(timing, [{"step": 0, "seconds": seconds}])
     write_json(self.dir / "finished.json", summary)
+
+
+def is_done(folder: pathlib.Path, config: Any) -> bool:
+  """Whether `folder` holds a finished stage of this config."""
+  path = folder / "config.json"
+  if not (folder / "finished.json").exists() or not path.exists():
+    return False
+  saved = json.loads(path.read_text())
+  return not _differences(saved, _portable(config, folder))
+
+
+def _portable(config: Any, folder: pathlib.Path) -> dict[str, Any]:
+  # The folder itself may be a link into another run.
+  beside = f"{folder.parent.resolve()}/"
+  # Through JSON, so that it compares with what was saved: it has no tuples.
+  plain = json.loads(json.dumps(config_lib.to_dict(config)))
+  return _replaced(plain, beside, models.RUN)
+
+
+def _differences(saved: Any, given: Any) -> list[str]:
+  return checkpoint.config_differences(saved, given, free_fields=FREE_FIELDS)
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:

@@ -140,7 +140,7 @@ def test_kl_between_two_tokenizers_is_refused(finished_run, monkeypatch):
 def test_lengths_beyond_the_models_are_refused(finished_run, monkeypatch):
   config = two_policies(finished_run, monkeypatch)
   samples = dataclasses.replace(config.samples, max_completion_length=120)
-  with pytest.raises(ConfigError, match="= 132 does not fit policy 'a'"):
+  with pytest.raises(ConfigError, match="= 132 does not fit the policy 'a'"):
     evaluate.complete(
         dataclasses.replace(config, samples=samples), Prompts(["both"])
     )

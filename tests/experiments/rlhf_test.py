@@ -257,6 +257,29 @@ def test_start_at_passes_over_what_is_before(finished_run, tmp_path):
   assert found == wanted
 
 
+def test_another_run_is_reused_as_far_as_it_would_be_repeated(
+    finished_run, tmp_path, capsys
+):
+  settings = tiny.pipeline()
+  settings.ppo.ppo.kl_coef = 0.7
+  config = from_config(rlhf.Config, settings)
+  workdir = tmp_path / "run"
+  before = _contents(finished_run)
+  for _ in range(2):  # the second time, everything is there
+    rlhf.run(config, str(workdir), reuse=str(finished_run))
+    assert "PPO" in capsys.readouterr().out
+    links = [x.name for x in sorted(workdir.iterdir()) if x.is_symlink()]
+    assert links == ["preferences", "pretrain", "reward", "sft"]
+  assert _contents(finished_run) == before
+  rows = tiny.read_jsonl(workdir / "ppo" / "metrics.jsonl")
+  coef = [row["ppo/kl_coef"] for row in rows if "ppo/kl_coef" in row]
+  np.testing.assert_allclose(coef[0], 0.7, rtol=0.1)
+  message = told(
+      capsys, lambda: rlhf.run(config, str(workdir), reuse="nosuch")
+  )
+  assert "--reuse=nosuch: no such run" in message
+
+
 def test_starting_too_late_names_what_is_missing(tmp_path, capsys):
   workdir = tmp_path / "run"
   message = told(capsys, lambda: tiny.run_pipeline(workdir, start_at="ppo"))

@@ -34,6 +34,7 @@ from experiments.harness import (
 from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
@@ -288,13 +289,7 @@ def make_step(
   ref_logits_fn = functions.make_logits_fn(ref_policy.config)
   generate = decode.make_generate(heads.LanguageModel(policy.config))
   ref_params = sharding.replicate(ref_policy.params, mesh)
-  sampling = dataclasses.replace(
-      config.samples.sampling(policy.tokenizer),
-      temperature=config.ppo.temperature,
-      greedy=False,
-      top_k=0,
-      use_top_p=False,
-  )
+  sampling = rollout_sampling(config, policy.tokenizer)
 
   @jax.jit
   def rollout_step(state, batch, sampling):
@@ -324,6 +319,22 @@ def make_step(
     return state, metrics | update_metrics, evidence
 
   return step
+
+
+def rollout_sampling(
+    config: Config, tokenizer: Tokenizer
+) -> decode.SamplingConfig:
+  """The whole distribution, at the temperature of every log-prob.
+
+  What is drawn from less has a KL and ratios that mean nothing.
+  """
+  return dataclasses.replace(
+      config.samples.sampling(tokenizer),
+      temperature=config.ppo.temperature,
+      greedy=False,
+      top_k=0,
+      use_top_p=False,
+  )
 
 
 def init_value(

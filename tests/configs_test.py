@@ -510,7 +510,7 @@ NO_SUCH_NUMBER = [
             lambda c, x=field: c.optimizer.update({x: INFINITY}),
             f"optimizer.{field}=inf",
         )
-        for field in ("learning_rate", "weight_decay", "max_grad_norm")
+        for field in ("learning_rate", "weight_decay")
     ),
 ]
 

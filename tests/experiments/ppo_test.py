@@ -123,12 +123,9 @@ def test_value_network_cannot_start_from_a_model_that_reads_other_tokens():
 def test_ppo_samples_from_the_policys_whole_distribution_alone():
   # What is drawn from less has a KL and ratios that mean nothing.
   settings = ppo_config.get_config("smoke")
-  sampling = from_config(ppo.Config, settings).samples.sampling(TOKENIZER)
-  assert sampling.top_k == 0
+  settings.samples.update(top_k=3, top_p=0.5, greedy=True, temperature=0.1)
+  settings.ppo.temperature = 0.7
+  config = from_config(ppo.Config, settings)
+  sampling = ppo.rollout_sampling(config, TOKENIZER)
+  assert (sampling.top_k, sampling.temperature) == (0, 0.7)
   assert not sampling.use_top_p and not sampling.greedy
-  for name in ("top_k", "top_p", "greedy", "min_length"):
-    wrong = ppo_config.get_config("smoke")
-    with wrong.samples.unlocked():
-      wrong.samples[name] = 1
-    with pytest.raises(ConfigError, match=f"samples.{name}: unknown field"):
-      from_config(ppo.Config, wrong)

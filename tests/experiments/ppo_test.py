@@ -1,4 +1,4 @@
-"""PPO's parts before the loop: where its value network starts, what samples."""
+"""PPO's parts before the loop: where its value network starts."""
 
 import dataclasses
 
@@ -118,17 +118,3 @@ def test_value_network_cannot_start_from_a_model_that_reads_other_tokens():
   with pytest.raises(ConfigError, match="has another tokenizer"):
     start(reward_model, value_init="reward_model")
   assert start(reward_model, value_init="policy")[0] == POLICY_CONFIG
-
-
-def test_ppo_samples_from_the_policys_whole_distribution_alone():
-  # What is drawn from less has a KL and ratios that mean nothing.
-  settings = ppo_config.get_config("smoke")
-  sampling = from_config(ppo.Config, settings).samples.sampling(TOKENIZER)
-  assert sampling.top_k == 0
-  assert not sampling.use_top_p and not sampling.greedy
-  for name in ("top_k", "top_p", "greedy", "min_length"):
-    wrong = ppo_config.get_config("smoke")
-    with wrong.samples.unlocked():
-      wrong.samples[name] = 1
-    with pytest.raises(ConfigError, match=f"samples.{name}: unknown field"):
-      from_config(ppo.Config, wrong)

@@ -510,7 +510,7 @@ NO_SUCH_NUMBER = [
             lambda c, x=field: c.optimizer.update({x: INFINITY}),
             f"optimizer.{field}=inf",
         )
-        for field in ("learning_rate", "weight_decay", "max_grad_norm")
+        for field in ("learning_rate", "weight_decay")
     ),
 ]
 
@@ -518,6 +518,12 @@ NO_SUCH_NUMBER = [
 @pytest.mark.parametrize("name, change, part", NO_SUCH_NUMBER)
 def test_a_number_that_no_stage_can_work_with_is_refused(name, change, part):
   _refused(name, change, part)
+
+
+def test_an_infinite_gradient_norm_is_taken_for_no_clipping():
+  config = _module("reward").get_config("smoke")
+  config.optimizer.max_grad_norm = INFINITY
+  from_config(_class("reward"), config)
 
 
 def test_a_seed_may_have_32_bits():

@@ -96,6 +96,35 @@ def test_a_configs_docstring_holds_its_command(name):
     assert arg in get_config_doc, arg
 
 
+_COMMAND = re.compile(
+    r"python -m experiments\.(\w+) --config=configs/(\w+)\.py(?::(\S+))? "
+    r"--workdir=\S+"
+)
+
+
+# Says in words alone how it is run; the mark goes when it holds a command.
+_WITHOUT_A_COMMAND = pytest.param(
+    "stories", marks=pytest.mark.xfail(strict=True)
+)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        _WITHOUT_A_COMMAND if x == "stories" else x
+        for x in _names()
+        if x != "common"
+    ],
+)
+def test_every_config_file_holds_commands_that_can_be_run(name):
+  text = " ".join(_module(name).__doc__.replace("\\\n", " ").split())
+  commands = _COMMAND.findall(text)
+  assert 0 < len(commands) == text.count("python -m experiments.")
+  for binary, config, arg in commands:
+    built = _module(config).get_config(*([arg] if arg else []))
+    from_config(_class(binary), built)
+
+
 @pytest.mark.parametrize("name", _names())
 def test_every_public_function_of_a_config_file_is_documented(name):
   tree = ast.parse((REPO / "configs" / f"{name}.py").read_text())
@@ -518,6 +547,12 @@ NO_SUCH_NUMBER = [
 @pytest.mark.parametrize("name, change, part", NO_SUCH_NUMBER)
 def test_a_number_that_no_stage_can_work_with_is_refused(name, change, part):
   _refused(name, change, part)
+
+
+def test_an_infinite_gradient_norm_is_taken_for_no_clipping():
+  config = _module("reward").get_config("smoke")
+  config.optimizer.max_grad_norm = INFINITY
+  from_config(_class("reward"), config)
 
 
 def test_a_seed_may_have_32_bits():

@@ -124,17 +124,22 @@ def test_weight_decay_is_on_kernels_and_embeddings_alone(variant):
   assert {"token_embedding", "kernel", "scale", "bias"} <= kinds
 
 
-def test_gradients_are_clipped_by_their_global_norm_before_adam():
+@pytest.mark.parametrize("max_grad_norm, norm", [(0.5, 0.5), (np.inf, 20.0)])
+def test_gradients_are_clipped_by_their_global_norm_before_adam(
+    max_grad_norm, norm
+):
   params = {"a": {"kernel": jnp.zeros((2,))}, "b": {"kernel": jnp.zeros((2,))}}
   grads = jax.tree.map(lambda x: x + 10.0, params)
-  cfg = optim.OptimizerConfig(learning_rate=1.0, max_grad_norm=0.5)
+  cfg = optim.OptimizerConfig(
+      learning_rate=1.0, max_grad_norm=max_grad_norm
+  )
   _, state = _apply(cfg, params, grads)
   mu = next(
       x.mu
       for x in state.inner_state
       if isinstance(x, optax.ScaleByAdamState)
   )
-  np.testing.assert_allclose(optax.tree.norm(mu), 0.1 * 0.5, rtol=1e-5)
+  np.testing.assert_allclose(optax.tree.norm(mu), 0.1 * norm, rtol=1e-5)
 
 
 @pytest.mark.parametrize("placement", ["optax", "tf"])

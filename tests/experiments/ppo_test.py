@@ -1,4 +1,4 @@
-"""PPO's parts before the loop: where its value network starts, what samples."""
+"""PPO's parts before the loop: where its value network starts."""
 
 import dataclasses
 
@@ -118,14 +118,3 @@ def test_value_network_cannot_start_from_a_model_that_reads_other_tokens():
   with pytest.raises(ConfigError, match="has another tokenizer"):
     start(reward_model, value_init="reward_model")
   assert start(reward_model, value_init="policy")[0] == POLICY_CONFIG
-
-
-def test_ppo_samples_from_the_policys_whole_distribution_alone():
-  # What is drawn from less has a KL and ratios that mean nothing.
-  settings = ppo_config.get_config("smoke")
-  settings.samples.update(top_k=3, top_p=0.5, greedy=True, temperature=0.1)
-  settings.ppo.temperature = 0.7
-  config = from_config(ppo.Config, settings)
-  sampling = ppo.rollout_sampling(config, TOKENIZER)
-  assert (sampling.top_k, sampling.temperature) == (0, 0.7)
-  assert not sampling.use_top_p and not sampling.greedy

@@ -408,6 +408,29 @@ def test_ppo_with_a_shared_value_network(finished_run, tmp_path):
   assert numbers["ppo/stopped_early"] == 1
 
 
+def test_ppo_trains_on_draws_from_the_whole_distribution_however_it_is_judged(
+    finished_run, tmp_path
+):
+  # What is drawn from less has a KL and ratios that mean nothing.
+  cuts = {
+      "whole": {},
+      "likeliest": dict(samples__greedy=True),
+      "cut": dict(samples__top_k=2, samples__top_p=0.5),
+  }
+  numbers, params, samples = {}, {}, {}
+  for name, changes in cuts.items():
+    folder = tmp_path / name
+    found = one_ppo_step(finished_run, folder, **changes)
+    numbers[name] = {k: v for k, v in found.items() if k.startswith("ppo/")}
+    params[name] = tiny.model_arrays(folder)
+    rows = tiny.read_jsonl(folder / "samples.jsonl")
+    samples[name] = [row["completion"] for row in rows]
+  for name in ("likeliest", "cut"):
+    assert numbers[name] == numbers["whole"]
+    tiny.assert_bitwise(params[name], params["whole"])
+    assert samples[name] != samples["whole"]
+
+
 def count_digits(prompt: str, completion: str) -> float:
   """A rule that the test below names by module and function."""
   del prompt

@@ -22,6 +22,11 @@ BATCHES = {
     "pairs": small.preference_batch(),
     "rankings": small.ranking_batch(),
 }
+RANKING_LOSSES = {
+    "pairwise": reference.pairwise_ranking,
+    "plackett_luce": reference.plackett_luce,
+    "best_of_k": reference.best_of_k,
+}
 kinds = pytest.mark.parametrize("kind", list(BATCHES))
 
 
@@ -57,8 +62,12 @@ def test_pair_loss_and_accuracy_match_a_numpy_loop(updated):
   np.testing.assert_allclose(numbers["reward/accuracy"], np.mean(right))
 
 
-def test_ranking_loss_weighs_a_prompt_once_as_a_numpy_loop(updated):
+@pytest.mark.parametrize("name, loss", RANKING_LOSSES.items())
+def test_ranking_loss_weighs_a_prompt_once_as_a_numpy_loop(name, loss):
   batch = BATCHES["rankings"]
+  _, metrics = update(
+      _state(), batch, dataclasses.replace(CFG, ranking_loss=name)
+  )
   total = 0.0
   for score, ranks, valid, weight in zip(
       _scores(batch),
@@ -67,8 +76,8 @@ def test_ranking_loss_weighs_a_prompt_once_as_a_numpy_loop(updated):
       np.asarray(batch.weight),
       strict=True,
   ):
-    total += weight * reference.pairwise_ranking(score[valid], ranks[valid])
-  numbers = metrics_lib.compute(updated["rankings"][1])
+    total += weight * loss(score[valid], ranks[valid])
+  numbers = metrics_lib.compute(metrics)
   expected = total / float(batch.weight.sum())
   np.testing.assert_allclose(numbers["reward/loss"], expected, rtol=1e-5)
 

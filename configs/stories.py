@@ -1,8 +1,11 @@
 """Stages on real input: a pretrained story model made to write happier stories.
 
-The stages of `configs/rlhf.py:stories`; see there for what it does and how to
-run it. The environment variable RLHF_JAX_DATA names the folder with
-stories260K/, tinystories_fragment/ and sentence_polarity/.
+The stages of `configs/rlhf.py:stories`; see there for what it does. The
+environment variable RLHF_JAX_DATA names the folder with stories260K/,
+tinystories_fragment/ and sentence_polarity/.
+
+    python -m experiments.rlhf --config=configs/rlhf.py:stories \
+        --workdir=runs/stories
 """
 
 from ml_collections import ConfigDict

@@ -102,20 +102,7 @@ _COMMAND = re.compile(
 )
 
 
-# Says in words alone how it is run; the mark goes when it holds a command.
-_WITHOUT_A_COMMAND = pytest.param(
-    "stories", marks=pytest.mark.xfail(strict=True)
-)
-
-
-@pytest.mark.parametrize(
-    "name",
-    [
-        _WITHOUT_A_COMMAND if x == "stories" else x
-        for x in _names()
-        if x != "common"
-    ],
-)
+@pytest.mark.parametrize("name", [x for x in _names() if x != "common"])
 def test_every_config_file_holds_commands_that_can_be_run(name):
   text = " ".join(_module(name).__doc__.replace("\\\n", " ").split())
   commands = _COMMAND.findall(text)

@@ -128,7 +128,7 @@ def ranking_objective(
     cfg: RewardConfig,
     total_weight: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
-  """The batch's share of the weighted mean over prompts of mean pair losses."""
+  """The batch's share of the weighted mean over prompts of `ranking_loss`."""
   score_BK = score_rows(params, batch, score_fn)
   loss_B = ranking_loss(score_BK, batch, cfg)
   valid_BK = batch.completion_valid.astype(jnp.float32)

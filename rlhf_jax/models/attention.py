@@ -11,10 +11,13 @@ heads, G = H / J query heads that share one, K width of a head.
 """
 
 from collections.abc import Sequence
+import dataclasses
+from typing import Literal
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 # Finite, so that a row with nothing to attend to is uniform instead of NaN.
 MASKED_SCORE = -1e30
@@ -38,16 +41,67 @@ def segment_positions(segment_ids: Int[Array, "B T"]) -> Int[Array, "B T"]:
   return jnp.where(segment_ids > 0, index - run_start, 0)
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Rotary frequencies for texts longer than those of pretraining.
+
+  kind: 'linear' divides positions by `factor` (Chen et al., arXiv 2306.15595);
+    'llama3' divides the frequencies whose wavelength exceeds original_length /
+    low_frequency_factor by `factor`, leaves those below original_length /
+    high_frequency_factor, and goes from one to the other in between (Llama 3.1,
+    arXiv 2407.21783; the formula is in the released code).
+  original_length and the two frequency factors are for 'llama3' alone.
+  """
+
+  kind: Literal["linear", "llama3"]
+  factor: float
+  original_length: int = 0
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+
+  def __post_init__(self):
+    if self.kind not in ("linear", "llama3"):
+      raise ValueError(f"rope scaling {self.kind!r} is not implemented")
+    if self.factor < 1:
+      raise ValueError(f"factor={self.factor} must be at least 1")
+    if self.kind == "llama3" and (
+        self.original_length < 1
+        or self.high_frequency_factor <= self.low_frequency_factor
+    ):
+      raise ValueError(
+          "llama3 scaling needs original_length, and a high_frequency_factor "
+          "above the low one"
+      )
+
+
+def rotary_frequencies(
+    rotary_dim: int, theta: float, scaling: RopeScaling | None
+) -> Float[np.ndarray, "half"]:
+  """Radians a position, theta^(-2i / rotary_dim) unless scaled; float64."""
+  frequency = theta ** -(np.arange(rotary_dim // 2) * 2.0 / rotary_dim)
+  if scaling is None:
+    return frequency
+  if scaling.kind == "linear":
+    return frequency / scaling.factor
+  turns = scaling.original_length * frequency / (2 * np.pi)
+  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+  kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  return frequency * (kept + (1 - kept) / scaling.factor)
+
+
 def rotary_tables(
-    positions: Int[Array, "B N"], head_dim: int, theta: float
+    positions: Int[Array, "B N"],
+    rotary_dim: int,
+    theta: float,
+    scaling: RopeScaling | None = None,
 ) -> tuple[Float[Array, "B N half"], Float[Array, "B N half"]]:
-  """(sin, cos) of position * theta^(-2i / head_dim) for i < head_dim / 2.
+  """(sin, cos) of position * frequency, for rotary_dim / 2 frequencies.
 
   Computed once a call and shared by all layers.
   Reference: Su et al., RoFormer, arXiv 2104.09864, section 3.4.2.
   """
-  exponent = jnp.arange(head_dim // 2, dtype=jnp.float32) * (2.0 / head_dim)
-  frequency = jnp.asarray(theta, jnp.float32) ** -exponent
+  frequency = rotary_frequencies(rotary_dim, theta, scaling)
+  frequency = jnp.asarray(frequency, jnp.float32)
   angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
   return jnp.sin(angle), jnp.cos(angle)
 
@@ -57,28 +111,46 @@ def apply_rotary(
     sin: Float[Array, "B N half"],
     cos: Float[Array, "B N half"],
 ) -> Float[Array, "B N H K"]:
-  """Rotates dimension i together with dimension i + K/2.
+  """Rotates dimension i with i + half, for i < half; leaves those from 2 half.
 
   Differs: the paper pairs neighbouring dimensions; halves is the layout of
   Hugging Face's Llama. The two are a permutation of the kernel's columns apart.
   """
-  first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  half = sin.shape[-1]
+  rotary, rest = x[..., : 2 * half], x[..., 2 * half :]
+  first, second = jnp.split(rotary.astype(jnp.float32), 2, axis=-1)
   sin, cos = sin[:, :, None], cos[:, :, None]
   rotated = jnp.concatenate(
       [first * cos - second * sin, second * cos + first * sin], axis=-1
-  )
-  return rotated.astype(x.dtype)
+  ).astype(x.dtype)
+  return jnp.concatenate([rotated, rest], axis=-1) if rest.size else rotated
 
 
-def causal_mask(segment_ids: Int[Array, "B N"]) -> Bool[Array, "B N N"]:
+def causal_mask(
+    segment_ids: Int[Array, "B N"], window: int = 0
+) -> Bool[Array, "B N N"]:
   """True where query n may see key m: m <= n and both of one segment.
 
-  Padding sees padding, so that no row is empty and nothing of a real segment
-  flows into padding.
+  With a window, n - window < m too. Padding sees padding, so that no row is
+  empty and nothing of a real segment flows into padding.
   """
   n = segment_ids.shape[1]
   causal = jnp.tril(jnp.ones((n, n), jnp.bool_))
+  if window:
+    # Segments have no gaps: distance in the row is distance in the text.
+    causal &= ~jnp.tril(jnp.ones((n, n), jnp.bool_), -window)
   return causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
+
+
+def past_mask(
+    mask: Bool[Array, "B S"], positions: Int[Array, "B N"], window: int = 0
+) -> Bool[Array, "B _ S"]:
+  """True where a query at `positions` may see a slot of the cache."""
+  if not window:
+    return mask[:, None]
+  slot_positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
+  near = positions[:, :, None] - slot_positions[:, None] < window
+  return mask[:, None] & near
 
 
 def attend(

@@ -1,7 +1,10 @@
-"""One decoder whose features a frozen config chooses: GPT-2 and Llama shapes.
+"""One decoder whose features a frozen config chooses.
 
     tokens -> embedding (+ learned positions) -> L x block -> final norm
     block:  x + attention(norm(x));  x + feed_forward(norm(x))
+    parallel_residual:  x + attention(norm(x)) + feed_forward(norm(x))
+
+`families/` says which features make which published model.
 
 Parameters (each under `layers` has a leading axis L, because the layers are
 one scan):
@@ -9,6 +12,7 @@ one scan):
     token_embedding [V, D]                 position_embedding [max_length, D]
     layers/attention_norm/scale            layers/feed_forward_norm/scale
     layers/attention/{query,key,value}/kernel [D, heads, K]   out [H, K, D]
+    layers/attention/{query,key}_norm/scale [K] or [heads * K]  (qk_norm)
     layers/feed_forward/{gate,up}/kernel [D, F]               down [F, D]
     final_norm/scale
 
@@ -35,13 +39,15 @@ INIT_STDDEV = 0.02
 _CHOICES = {
     "position": ("rotary", "learned"),
     "norm": ("rmsnorm", "layernorm"),
-    "activation": ("swiglu", "gelu"),
+    "activation": ("swiglu", "gelu", "gelu_exact", "relu"),
+    "attention_bias": ("none", "qkv", "all"),
+    "qk_norm": ("none", "head"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = (
     "vocab_size num_layers width num_heads num_kv_heads head_dim ff_dim "
-    "max_length scan_unroll norm_epsilon rope_theta"
+    "max_length scan_unroll norm_epsilon rope_theta rotary_fraction"
 ).split()
 
 
@@ -52,8 +58,16 @@ class TransformerConfig:
   num_kv_heads: fewer than num_heads is grouped-query attention.
   head_dim: need not be width / num_heads.
   max_length: longest row, and the rows of the learned position table.
-  activation: 'gelu' is the tanh approximation, as in GPT-2.
-  use_bias: biases in projections and in layernorm, as in GPT-2.
+  activation: 'swiglu' has a gate; 'gelu' is the tanh approximation, as in
+    GPT-2; 'gelu_exact' the one with erf.
+  attention_bias: on no projection, on query, key and value, or on out too.
+  norm_bias: of layernorm.
+  qk_norm: 'head' norms each head's query and key over its width before they are
+    rotated (Qwen3).
+  parallel_residual: attention and feed-forward read the same x (GPT-NeoX).
+  rotary_fraction: share of a head's width that is rotated, from its start.
+  rope_scaling: how frequencies are changed for longer texts.
+  sliding_window: a token sees so many, itself included; 0 is all before it.
   dtype: of activations and matmuls; param_dtype: of the stored parameters
     (training keeps float32; in bfloat16 small steps round away).
   remat: recompute each layer in the backward pass instead of storing it.
@@ -71,11 +85,18 @@ class TransformerConfig:
   max_length: int
   position: Literal["rotary", "learned"] = "rotary"
   norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-  activation: Literal["swiglu", "gelu"] = "swiglu"
-  use_bias: bool = False
+  activation: Literal["swiglu", "gelu", "gelu_exact", "relu"] = "swiglu"
+  attention_bias: Literal["none", "qkv", "all"] = "none"
+  feed_forward_bias: bool = False
+  norm_bias: bool = False
+  qk_norm: Literal["none", "head"] = "none"
+  parallel_residual: bool = False
   tie_head: bool = True
   norm_epsilon: float = 1e-5
   rope_theta: float = 10000.0
+  rotary_fraction: float = 1.0
+  rope_scaling: attention.RopeScaling | None = None
+  sliding_window: int = 0
   dtype: Literal["float32", "bfloat16"] = "float32"
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
@@ -96,15 +117,26 @@ class TransformerConfig:
           f"num_heads={self.num_heads} must be a multiple of "
           f"num_kv_heads={self.num_kv_heads}"
       )
-    if self.position == "rotary" and self.head_dim % 2:
+    if self.position == "rotary" and self.rotary_dim % 2:
       raise ValueError(
-          f"head_dim={self.head_dim} must be even with position='rotary'"
+          f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} "
+          "must be even with position='rotary'"
+      )
+    if self.rotary_fraction > 1 or self.sliding_window < 0:
+      raise ValueError(
+          f"rotary_fraction={self.rotary_fraction} must be at most 1, "
+          f"sliding_window={self.sliding_window} 0 or greater"
       )
     if self.num_layers % self.scan_unroll:
       raise ValueError(
           f"scan_unroll={self.scan_unroll} must divide "
           f"num_layers={self.num_layers}"
       )
+
+  @property
+  def rotary_dim(self) -> int:
+    """How many of a head's dimensions are rotated."""
+    return int(self.head_dim * self.rotary_fraction)
 
 
 @pytree_dataclass
@@ -151,22 +183,25 @@ def init_cache(
 
 
 class Norm(nn.Module):
+  """Over the last axis, in float32."""
+
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
+  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
     cfg = self.config
     x = x.astype(jnp.float32)
     if cfg.norm == "layernorm":
       x = x - jnp.mean(x, axis=-1, keepdims=True)
     mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
     x = x * jax.lax.rsqrt(mean_square + cfg.norm_epsilon)
-    width = (cfg.width,)
+    width = x.shape[-1:]
+    lead = (None,) * (x.ndim - 1)
     scale = self.param("scale", nn.initializers.ones, width, cfg.param_dtype)
-    x = x * scale.astype(jnp.float32)[None, None]
-    if cfg.norm == "layernorm" and cfg.use_bias:
+    x = x * scale.astype(jnp.float32)[lead]
+    if cfg.norm == "layernorm" and cfg.norm_bias:
       bias = self.param("bias", nn.initializers.zeros, width, cfg.param_dtype)
-      x = x + bias.astype(jnp.float32)[None, None]
+      x = x + bias.astype(jnp.float32)[lead]
     return x.astype(cfg.dtype)
 
 
@@ -179,6 +214,7 @@ class Projection(nn.Module):
 
   config: TransformerConfig
   shape: tuple[int, ...]
+  use_bias: bool
   num_in: int = 1
   stddev: float = INIT_STDDEV
 
@@ -192,7 +228,7 @@ class Projection(nn.Module):
     size_in = math.prod(self.shape[: self.num_in])
     kernel = kernel.astype(cfg.dtype).reshape(size_in, -1)
     out = (x.reshape(-1, size_in) @ kernel).reshape(*lead, *out_shape)
-    if not cfg.use_bias:
+    if not self.use_bias:
       return out
     zeros = nn.initializers.zeros
     bias = self.param("bias", zeros, out_shape, cfg.param_dtype)
@@ -212,9 +248,13 @@ class Attention(nn.Module):
     cfg = self.config
     kv_shape = (cfg.width, cfg.num_kv_heads, cfg.head_dim)
     query_shape = (cfg.width, cfg.num_heads, cfg.head_dim)
-    query = Projection(cfg, query_shape, name="query")(x)
-    key = Projection(cfg, kv_shape, name="key")(x)
-    value = Projection(cfg, kv_shape, name="value")(x)
+    has_bias = cfg.attention_bias != "none"
+    query = Projection(cfg, query_shape, has_bias, name="query")(x)
+    key = Projection(cfg, kv_shape, has_bias, name="key")(x)
+    value = Projection(cfg, kv_shape, has_bias, name="value")(x)
+    if cfg.qk_norm == "head":
+      query = Norm(cfg, name="query_norm")(query)
+      key = Norm(cfg, name="key_norm")(key)
     if cfg.position == "rotary":
       query = attention.apply_rotary(query, *shared["rotary"])
       key = attention.apply_rotary(key, *shared["rotary"])
@@ -228,6 +268,7 @@ class Attention(nn.Module):
     out = Projection(
         cfg,
         (cfg.num_heads, cfg.head_dim, cfg.width),
+        cfg.attention_bias == "all",
         num_in=2,
         stddev=self.residual_stddev,
         name="out",
@@ -242,16 +283,26 @@ class FeedForward(nn.Module):
   @nn.compact
   def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
     cfg = self.config
-    wide = functools.partial(Projection, cfg, (cfg.width, cfg.ff_dim))
+    has_bias = cfg.feed_forward_bias
+    wide = functools.partial(
+        Projection, cfg, (cfg.width, cfg.ff_dim), has_bias
+    )
     up = wide(name="up")(x)
     if cfg.activation == "swiglu":
       up = jax.nn.silu(wide(name="gate")(x)) * up
     else:
-      up = jax.nn.gelu(up, approximate=True)
+      up = _ACTIVATIONS[cfg.activation](up)
     down_shape = (cfg.ff_dim, cfg.width)
     return Projection(
-        cfg, down_shape, stddev=self.residual_stddev, name="down"
+        cfg, down_shape, has_bias, stddev=self.residual_stddev, name="down"
     )(up)
+
+
+_ACTIVATIONS = {
+    "gelu": functools.partial(jax.nn.gelu, approximate=True),
+    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
+    "relu": jax.nn.relu,
+}
 
 
 class Block(nn.Module):
@@ -267,9 +318,10 @@ class Block(nn.Module):
     out, new = Attention(cfg, stddev, name="attention")(
         Norm(cfg, name="attention_norm")(x), shared, past
     )
+    middle = x if cfg.parallel_residual else x + out
     x = x + out
     x = x + FeedForward(cfg, stddev, name="feed_forward")(
-        Norm(cfg, name="feed_forward_norm")(x)
+        Norm(cfg, name="feed_forward_norm")(middle)
     )
     return x, (None if past is None else new)
 
@@ -330,16 +382,20 @@ class Transformer(nn.Module):
     if cache is not None:
       segment_ids = (segment_ids > 0).astype(jnp.int32)
     positions = _positions(segment_ids, cache)
-    shared = {"mask": attention.causal_mask(segment_ids)}
+    window = self.config.sliding_window
+    shared = {"mask": attention.causal_mask(segment_ids, window)}
     if self.config.position == "rotary":
       shared["rotary"] = attention.rotary_tables(
-          positions, self.config.head_dim, self.config.rope_theta
+          positions,
+          self.config.rotary_dim,
+          self.config.rope_theta,
+          self.config.rope_scaling,
       )
     x = self.embed(tokens, segment_ids, positions)
     if cache is None:
       x, _ = self.layers(x, shared, None)
       return self.final_norm(x), None
-    shared["past_mask"] = cache.mask[:, None]
+    shared["past_mask"] = attention.past_mask(cache.mask, positions, window)
     past = () if cache.empty else (cache.k, cache.v)
     x, new = self.layers(x, shared, past)
     return self.final_norm(x), _write(cache, new, segment_ids)

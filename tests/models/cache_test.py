@@ -11,7 +11,9 @@ MASK = np.asarray(
 )
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt2", "rotary_with_bias"])
+@pytest.mark.parametrize(
+    "variant", ["llama", "gpt2", "rotary_with_bias", "neox", "qk_norm", "window"]
+)
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 1, 1, 1], [3, 4, 2], [9]])
 def test_cached_decoding_equals_full_forward(variant, chunks):
   model, params = small_language_model(**VARIANTS[variant])

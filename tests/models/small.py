@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models.attention import RopeScaling
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import TransformerConfig
 
@@ -12,15 +13,40 @@ GPT2 = {
     "position": "learned",
     "norm": "layernorm",
     "activation": "gelu",
-    "use_bias": True,
+    "attention_bias": "all",
+    "feed_forward_bias": True,
+    "norm_bias": True,
     "num_kv_heads": 4,
+}
+NEOX = {
+    **GPT2,
+    "position": "rotary",
+    "rotary_fraction": 0.34,
+    "activation": "gelu_exact",
+    "parallel_residual": True,
+    "tie_head": False,
 }
 VARIANTS = {
     "llama": LLAMA,
     "gpt2": GPT2,
     "gpt2_untied": {**GPT2, "tie_head": False},
     "layernorm_without_bias": {"norm": "layernorm", "tie_head": False},
-    "rotary_with_bias": {"use_bias": True, "num_kv_heads": 1},
+    "rotary_with_bias": {"attention_bias": "qkv", "num_kv_heads": 1},
+    "neox": NEOX,
+    "relu": {**GPT2, "activation": "relu"},
+    "qk_norm": {"qk_norm": "head"},
+    "window": {"sliding_window": 3},
+    "linear_scaling": {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
+    "llama3_scaling": {
+        "rope_theta": 5.0,
+        "rope_scaling": RopeScaling(
+            kind="llama3",
+            factor=4.0,
+            original_length=16,
+            low_frequency_factor=1.0,
+            high_frequency_factor=3.0,
+        ),
+    },
     "gelu_rmsnorm": {"activation": "gelu", "rope_theta": 100.0},
 }
 

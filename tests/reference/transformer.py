@@ -22,14 +22,16 @@ def forward(params, config, tokens):
     x = x + _f64(trunk["position_embedding"])[: len(tokens)]
   for i in range(config.num_layers):
     layer = _take_layer(trunk["layers"], i)
-    x = x + _attention(
+    attended = _attention(
         layer["attention"], config, _norm(layer["attention_norm"], config, x)
     )
-    x = x + _feed_forward(
+    middle = x if config.parallel_residual else x + attended
+    fed = _feed_forward(
         layer["feed_forward"],
         config,
-        _norm(layer["feed_forward_norm"], config, x),
+        _norm(layer["feed_forward_norm"], config, middle),
     )
+    x = x + attended + fed
   x = _norm(trunk["final_norm"], config, x)
   head = table.T if config.tie_head else _f64(params["head"]["kernel"])
   return x @ head
@@ -63,32 +65,55 @@ def _attention(params, config, x):
   for head in range(config.num_heads):
     kv_head = head * config.num_kv_heads // config.num_heads
     q, k = project("query", head), project("key", kv_head)
+    if config.qk_norm == "head":
+      q = _norm(params["query_norm"], config, q)
+      k = _norm(params["key_norm"], config, k)
     if config.position == "rotary":
-      q, k = (_rotate_halves(a, config.rope_theta) for a in (q, k))
-    attended = _causal_softmax_attention(q, k, project("value", kv_head))
+      q, k = (_rotate_halves(a, config) for a in (q, k))
+    attended = _causal_softmax_attention(
+        q, k, project("value", kv_head), config.sliding_window
+    )
     out += attended @ params["out"]["kernel"][head]
   return out + params["out"].get("bias", 0.0)
 
 
-def _causal_softmax_attention(q, k, v):
+def _causal_softmax_attention(q, k, v, window=0):
   out = np.empty_like(v)
   for t in range(len(q)):
-    scores = [q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(t + 1)]
+    first = max(0, t + 1 - window) if window else 0
+    scores = [q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(first, t + 1)]
     weights = np.exp(np.array(scores) - max(scores))
-    out[t] = (weights / weights.sum()) @ v[: t + 1]
+    out[t] = (weights / weights.sum()) @ v[first : t + 1]
   return out
 
 
-def _rotate_halves(x, theta):
-  length, dim = x.shape
+def _rotate_halves(x, config):
+  dim = int(x.shape[1] * config.rotary_fraction)
   half = dim // 2
-  out = np.empty_like(x)
-  for t in range(length):
+  out = x.copy()
+  for t in range(len(x)):
     for i in range(half):
-      angle = t * theta ** (-2 * i / dim)
+      angle = t * _frequency(config.rope_theta ** (-2 * i / dim), config)
       z = complex(x[t, i], x[t, i + half]) * np.exp(1j * angle)
       out[t, i], out[t, i + half] = z.real, z.imag
   return out
+
+
+def _frequency(frequency, config):
+  """By wavelength and case by case, as the released Llama 3.1 code does it."""
+  scaling = config.rope_scaling
+  if scaling is None:
+    return frequency
+  if scaling.kind == "linear":
+    return frequency / scaling.factor
+  wavelength = 2 * math.pi / frequency
+  low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
+  if wavelength < scaling.original_length / high:
+    return frequency
+  if wavelength > scaling.original_length / low:
+    return frequency / scaling.factor
+  smooth = (scaling.original_length / wavelength - low) / (high - low)
+  return (1 - smooth) * frequency / scaling.factor + smooth * frequency
 
 
 def _rotate_neighbours(x, theta):
@@ -113,6 +138,11 @@ def _feed_forward(params, config, x):
   up = linear("up", x)
   if config.activation == "swiglu":
     return linear("down", _silu(linear("gate", x)) * up)
+  if config.activation == "relu":
+    return linear("down", np.maximum(up, 0))
+  if config.activation == "gelu_exact":
+    erf = np.vectorize(math.erf)
+    return linear("down", up * 0.5 * (1 + erf(up / math.sqrt(2))))
   inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
   return linear("down", 0.5 * up * (1 + np.tanh(inner)))
 

@@ -36,6 +36,8 @@ setuptools.setup(
         "importlib_resources>=6",
         "array_record>=0.8",
         "grain>=0.2.12,<0.4",
+        "etils[epath]>=1.9",
+        "ml_dtypes>=0.5",
         "ml-collections>=1.0,<2",
         "absl-py>=2.1",
         "numpy>=2.0",
@@ -47,7 +49,12 @@ setuptools.setup(
         "tensorboardX>=2.6",
     ],
     extras_require={
-        "test": ["pytest>=8", "hypothesis>=6.100", "beartype>=0.20"],
+        "test": [
+            "pytest>=8",
+            "hypothesis>=6.100",
+            "beartype>=0.20",
+            "safetensors>=0.5",
+        ],
         "torch": ["torch>=2.4"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],

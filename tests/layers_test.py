@@ -44,7 +44,7 @@ ALLOWED = {
     "optax": ("optim", "train_state", "updates"),
     "orbax": ("checkpoint", "array_folder"),
     "grain": ("data",),
-    "transformers": ("data",),
+    "transformers": ("data", "models"),
     "tokenizers": ("data",),
     "sentencepiece": ("data",),
     "tensorflow_datasets": ("data",),

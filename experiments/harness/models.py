@@ -5,10 +5,11 @@
 
 A place is such a stage folder; `FOLDER@STEP`, `FOLDER@last` or `FOLDER@best`
 (by the stage's `loop.best_metric`) for the policy in one of its checkpoints,
-also of a stage that has not ended; or `llama2c:MODEL.bin:TOKENIZER.model` for a
-model in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a
-place or source stands for an environment variable, `@run/` for the folder that
-holds a run's stages.
+also of a stage that has not ended; `hf:FOLDER` for a model in Hugging Face's
+layout, with its tokenizer; or `llama2c:MODEL.bin:TOKENIZER.model` for a model
+in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a place or
+source stands for an environment variable, `@run/` for the folder that holds a
+run's stages.
 """
 
 import dataclasses
@@ -23,11 +24,12 @@ import jax.numpy as jnp
 from experiments.harness import config as config_lib
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.models.families import llama2c
+from rlhf_jax.models.families import huggingface, llama2c
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import ScoreNormalization
 
 LLAMA2C = "llama2c:"
+HUGGING_FACE = "hf:"
 RUN = "@run/"
 # Any other @ is part of a path.
 CHECKPOINT = re.compile(r"(.+)@(\d+|last|best)")
@@ -173,6 +175,8 @@ def load_reward_model(place: str) -> RewardModel:
 
 
 def _load(place: str, kind: str):
+  if place.startswith(HUGGING_FACE):
+    return _load_hugging_face(place, kind)
   folder = pathlib.Path(place) / "model"
   if not folder.is_dir():
     raise FileNotFoundError(
@@ -181,14 +185,28 @@ def _load(place: str, kind: str):
         "as FOLDER@STEP, FOLDER@last or FOLDER@best"
     )
   config, params, extra = checkpoint.load_model(folder)
-  if extra["kind"] != kind:
-    raise FileNotFoundError(
-        f"{place} holds a {extra['kind']}, and a {kind} is needed here"
-    )
+  _check_kind(place, extra["kind"], kind)
   config = config_lib.from_config(TransformerConfig, config, str(folder))
   tokenizer = Tokenizer.load(pathlib.Path(place) / "tokenizer")
   _check_vocabulary(place, config, tokenizer)
   return config, params, tokenizer, extra
+
+
+def _load_hugging_face(place: str, kind: str):
+  folder = place.removeprefix(HUGGING_FACE)
+  loaded = huggingface.load_folder(folder)
+  _check_kind(place, loaded.kind, kind)
+  tokenizer = Tokenizer.from_pretrained_folder(folder)
+  _check_vocabulary(place, loaded.config, tokenizer)
+  # Their scores are what they are.
+  return loaded.config, loaded.params, tokenizer, {"gain": 1.0, "bias": 0.0}
+
+
+def _check_kind(place: str, found: str, wanted: str) -> None:
+  if found != wanted:
+    raise FileNotFoundError(
+        f"{place} holds a {found}, and a {wanted} is needed here"
+    )
 
 
 def _check_vocabulary(

@@ -65,6 +65,9 @@ def _check_place(place: str) -> None:
   if place.startswith(models.LLAMA2C):
     for path in place.removeprefix(models.LLAMA2C).partition(":")[::2]:
       _check_file(path)
+  elif place.startswith(models.HUGGING_FACE):
+    folder = place.removeprefix(models.HUGGING_FACE)
+    _check_file(f"{folder}/config.json")
   elif checkpoint := models.CHECKPOINT.fullmatch(place):
     _check_exists(checkpoint[1])
   elif not (pathlib.Path(place) / "model").is_dir():

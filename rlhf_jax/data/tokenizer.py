@@ -95,16 +95,24 @@ class Tokenizer:
     eos_id: ends a completion.
     bos_id: starts a sequence, or None.
     vocab_size: one more than the largest id.
+    chat_template: the Jinja string of the folder it came from, or None.
     fingerprint: sha256 of the files that `save` writes.
   """
 
-  def __init__(self, backend, files: dict[str, bytes], special_ids: dict):
+  def __init__(
+      self,
+      backend,
+      files: dict[str, bytes],
+      special_ids: dict,
+      chat_template: str | None = None,
+  ):
     self._backend = backend
     self._files = dict(files)
     self.vocab_size: int = backend.vocab_size
     self.eos_id: int = special_ids["eos"]
     self.bos_id: int | None = special_ids["bos"]
     self.pad_id: int = special_ids["pad"]
+    self.chat_template = chat_template
 
   # --- ways to get one ------------------------------------------------------
 
@@ -173,7 +181,9 @@ class Tokenizer:
           f" folder: {error}"
       ) from error
     specials = dict(pad=fast.pad_token, eos=fast.eos_token, bos=fast.bos_token)
-    return cls._from_fast(serialized, specials)
+    return cls._from_fast(
+        serialized, specials, chat_template=fast.chat_template
+    )
 
   @classmethod
   def load(cls, directory: str | pathlib.Path) -> "Tokenizer":
@@ -191,11 +201,20 @@ class Tokenizer:
           f" ({error!r}). Read a Hugging Face folder with"
           " Tokenizer.from_pretrained_folder."
       ) from error
-    return cls._from_fast(serialized, specials, str(directory / _HF_FILE))
+    return cls._from_fast(
+        serialized,
+        specials,
+        str(directory / _HF_FILE),
+        config.get("chat_template"),
+    )
 
   @classmethod
   def _from_fast(
-      cls, serialized: str, specials: dict, name: str = "tokenizer"
+      cls,
+      serialized: str,
+      specials: dict,
+      name: str = "tokenizer",
+      chat_template: str | None = None,
   ) -> "Tokenizer":
     try:
       backend = _FastBackend(serialized)
@@ -207,13 +226,16 @@ class Tokenizer:
     }
     config = {"tokenizer_class": "PreTrainedTokenizerFast"}
     config |= {f"{key}_token": specials[key] for key in ("pad", "eos", "bos")}
+    if chat_template:
+      config["chat_template"] = chat_template
     files = {
         _HF_FILE: serialized.encode(),
         _HF_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
     }
     unk = getattr(backend.start.model, "unk_token", None)
     unk_id = None if unk is None else backend.start.token_to_id(unk)
-    return cls(backend, files, _complete_special_ids(ids, unk_id, name))
+    special_ids = _complete_special_ids(ids, unk_id, name)
+    return cls(backend, files, special_ids, chat_template)
 
   @classmethod
   def _from_proto(cls, proto: bytes, name: str) -> "Tokenizer":

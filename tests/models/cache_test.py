@@ -12,7 +12,8 @@ MASK = np.asarray(
 
 
 @pytest.mark.parametrize(
-    "variant", ["llama", "gpt2", "rotary_with_bias", "neox", "qk_norm", "window"]
+    "variant",
+    ["llama", "gpt2", "rotary_with_bias", "neox", "qk_norm", "window"],
 )
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 1, 1, 1], [3, 4, 2], [9]])
 def test_cached_decoding_equals_full_forward(variant, chunks):

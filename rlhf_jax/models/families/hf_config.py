@@ -1,0 +1,153 @@
+"""A Hugging Face config, read so that nothing in it is passed over in silence.
+
+`Fields` remembers which fields a family has asked for; what is left when it is
+done, and is not known to change nothing, is an error that names it.
+"""
+
+from collections.abc import Mapping
+import json
+from typing import Any
+
+from etils import epath
+
+from rlhf_jax.models.attention import RopeScaling
+from rlhf_jax.models.transformer import TransformerConfig
+
+# What says nothing about a forward pass, or what its name says of training
+# (there is no dropout in a policy whose log-probs are to mean something).
+_NEUTRAL = frozenset(
+    "transformers_version architectures output_hidden_states return_dict dtype "
+    "torch_dtype chunk_size_feed_forward id2label label2id problem_type "
+    "pad_token_id bos_token_id eos_token_id use_cache initializer_range "
+    "_name_or_path model_type output_attentions _attn_implementation "
+    "attn_implementation num_labels torchscript use_bfloat16 "
+    "attention_dropout hidden_dropout classifier_dropout resid_pdrop "
+    "embd_pdrop attn_pdrop summary_first_dropout dropout activation_dropout layerdrop "
+    "_commit_hash task_specific_params".split()
+)
+
+
+class FamilyError(ValueError):
+  """A config or a model that a family cannot express. Names the field."""
+
+
+class Fields:
+  """The fields of one config.json, with the defaults of its family."""
+
+  def __init__(self, values: Mapping[str, Any], name: str):
+    self._values = dict(values)
+    self._left = set(values) - _NEUTRAL
+    self._name = name
+    self.require("is_encoder_decoder", False)
+
+  def __getitem__(self, field: str) -> Any:
+    self._left.discard(field)
+    if field not in self._values:
+      raise FamilyError(f"{self._name}: field {field!r} is missing")
+    return self._values[field]
+
+  def get(self, field: str, default: Any) -> Any:
+    """The field, or `default` where it is missing or null."""
+    self._left.discard(field)
+    value = self._values.get(field)
+    return default if value is None else value
+
+  def require(self, field: str, *allowed: Any) -> None:
+    """Refuses any value but these; a missing field is at its default."""
+    self._left.discard(field)
+    if field in self._values and self._values[field] not in allowed:
+      wanted = " or ".join(map(repr, allowed))
+      raise FamilyError(
+          f"{self._name}: {field}={self._values[field]!r} is not implemented, "
+          f"only {wanted}"
+      )
+
+  def choose(self, field: str, choices: Mapping[str, str]) -> str:
+    """Our word for the field's value."""
+    self.require(field, *choices)
+    return choices[self[field]]
+
+  def ignore(self, *fields: str) -> None:
+    """Fields that a family knows to change nothing."""
+    self._left.difference_update(fields)
+
+  def check_nothing_left(self) -> None:
+    """Refuses what nobody asked for."""
+    left = {name: self._values[name] for name in sorted(self._left)}
+    if left:
+      raise FamilyError(
+          f"{self._name}: not implemented: "
+          + ", ".join(f"{name}={value!r}" for name, value in left.items())
+      )
+
+
+def read_fields(folder: epath.Path) -> tuple[str, Fields]:
+  """(model_type, fields) of a folder's config.json.
+
+  Raises:
+    FamilyError: there is none, or transformers does not know it.
+  """
+  # Here and not above: the import takes seconds and is seldom needed.
+  import transformers  # pylint: disable=g-import-not-at-top
+
+  path = folder / "config.json"
+  try:
+    given = json.loads(path.read_text())
+    model_type = given["model_type"]
+    # Its own class knows the defaults, and the older names of fields.
+    config_class = transformers.CONFIG_MAPPING[model_type]
+    values = config_class.from_dict(given).to_dict()
+  except OSError as error:
+    raise FamilyError(f"{path}: {error.strerror or error}") from error
+  except KeyError as error:
+    raise FamilyError(
+        f"{path}: model_type is missing, or {error} is unknown"
+    ) from error
+  except Exception as error:  # whatever its validation raises
+    raise FamilyError(f"{path}: transformers refuses it: {error}") from error
+  return model_type, Fields(values, str(path))
+
+
+# --- rotary positions ---------------------------------------------------------
+
+
+def read_rope(hf: Fields) -> dict[str, Any]:
+  """rope_theta, rotary_fraction and rope_scaling from `rope_parameters`."""
+  given = dict(hf["rope_parameters"])
+  rope = Fields(given, "rope_parameters")
+  kind = rope.get("rope_type", "default")
+  ours = {
+      "rope_theta": float(rope["rope_theta"]),
+      "rotary_fraction": float(rope.get("partial_rotary_factor", 1.0)),
+  }
+  if kind == "linear":
+    ours["rope_scaling"] = RopeScaling(
+        kind="linear", factor=float(rope["factor"])
+    )
+  elif kind == "llama3":
+    ours["rope_scaling"] = RopeScaling(
+        kind="llama3",
+        factor=float(rope["factor"]),
+        original_length=rope["original_max_position_embeddings"],
+        low_frequency_factor=float(rope["low_freq_factor"]),
+        high_frequency_factor=float(rope["high_freq_factor"]),
+    )
+  elif kind != "default":
+    raise FamilyError(f"rope_parameters: rope_type={kind!r} is not implemented")
+  rope.check_nothing_left()
+  return ours
+
+
+def write_rope(cfg: TransformerConfig) -> dict[str, Any]:
+  """The fields `rope_theta` and `rope_scaling`, which all readers know."""
+  scaling = cfg.rope_scaling
+  if scaling is None:
+    return {"rope_theta": cfg.rope_theta}
+  theirs = {"rope_type": scaling.kind, "factor": scaling.factor}
+  if scaling.kind == "llama3":
+    theirs |= {
+        "original_max_position_embeddings": scaling.original_length,
+        "low_freq_factor": scaling.low_frequency_factor,
+        "high_freq_factor": scaling.high_frequency_factor,
+    }
+  return {"rope_theta": cfg.rope_theta, "rope_scaling": theirs}

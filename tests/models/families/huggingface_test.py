@@ -1,0 +1,400 @@
+"""Models from Hugging Face's folders are the same models here, and back there.
+
+The golden folders were written by transformers and torch (`hf_models.py`) and
+always run; what needs torch beside runs where it is installed.
+"""
+
+import importlib.util
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from rlhf_jax.generation import decode
+from rlhf_jax.models import functions, heads
+from rlhf_jax.models.families import huggingface, llama2c, tensor_files
+from rlhf_jax.models.families.huggingface import FamilyError
+from rlhf_jax.models.families.tensor_files import TensorFileError
+from tests.models.families import hf_models
+
+NAMES = sorted(hf_models.MODELS)
+needs_torch = pytest.mark.skipif(
+    importlib.util.find_spec("torch") is None,
+    reason="compares with torch: pip install -e '.[torch]'",
+)
+
+
+def logits_of(loaded, tokens, mask):
+  logits_fn = jax.jit(functions.make_logits_fn(loaded.config))
+  return np.asarray(logits_fn(loaded.params, jnp.asarray(tokens, jnp.int32),
+                              jnp.asarray(mask, jnp.int32)))
+
+
+def largest_difference(a, b, mask):
+  return float(np.abs(a - b)[mask == 1].max())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_torch_golden(name):
+  folder = hf_models.GOLDEN / name
+  expected = np.load(folder / "expected.npz")
+  loaded = huggingface.load_folder(folder)
+  assert loaded.kind == "policy"
+  logits = logits_of(loaded, expected["tokens"], expected["mask"])
+  assert np.ptp(expected["logits"]) > 2
+  difference = largest_difference(
+      logits, expected["logits"], expected["mask"]
+  )
+  assert difference < 1e-4
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_import_of_an_export_is_bitwise_the_same(name, tmp_path):
+  loaded = huggingface.load_folder(hf_models.GOLDEN / name)
+  family = hf_models.MODELS[name][0]
+  for folder, size in (("one", 10**9), ("several", 4_000)):
+    huggingface.save_folder(
+        tmp_path / folder,
+        loaded.config,
+        loaded.params,
+        family=family,
+        max_file_bytes=size,
+    )
+    again = huggingface.load_folder(tmp_path / folder)
+    assert again.config == loaded.config
+    jax.tree.map(np.testing.assert_array_equal, again.params, loaded.params)
+  assert len(list((tmp_path / "several").glob("*.safetensors"))) > 3
+
+
+# ---- With torch --------------------------------------------------------------
+
+
+@needs_torch
+@pytest.mark.parametrize("side", ["left", "right"])
+@pytest.mark.parametrize("name", NAMES)
+def test_logits_are_those_of_torch_live(name, side, tmp_path):
+  model = hf_models.make_torch(name)
+  model.save_pretrained(tmp_path, max_shard_size="8KB")
+  assert len(list(tmp_path.glob("*.safetensors"))) > 1
+  tokens, mask = hf_models.rows(side)
+  logits = logits_of(huggingface.load_folder(tmp_path), tokens, mask)
+  theirs = hf_models.torch_logits(model, tokens, mask)
+  assert largest_difference(logits, theirs, mask) < 1e-4
+
+
+@needs_torch
+@pytest.mark.parametrize("name", NAMES)
+def test_an_export_is_the_same_model_in_torch(name, tmp_path):
+  import transformers
+
+  loaded = huggingface.load_folder(hf_models.GOLDEN / name)
+  huggingface.save_folder(
+      tmp_path,
+      loaded.config,
+      loaded.params,
+      family=hf_models.MODELS[name][0],
+      token_ids={"pad": 0, "eos": 1, "bos": 2},
+  )
+  model, report = transformers.AutoModelForCausalLM.from_pretrained(
+      tmp_path, attn_implementation="eager", output_loading_info=True
+  )
+  assert not any(report.values()), report
+  expected = np.load(hf_models.GOLDEN / name / "expected.npz")
+  logits = hf_models.torch_logits(model, expected["tokens"], expected["mask"])
+  assert largest_difference(
+      logits, expected["logits"], expected["mask"]
+  ) < 1e-4
+
+
+@needs_torch
+@pytest.mark.parametrize("name", NAMES)
+def test_greedy_text_is_that_of_generate(name):
+  import torch
+  import transformers
+
+  folder = hf_models.GOLDEN / name
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, attn_implementation="eager"
+  )
+  loaded = huggingface.load_folder(folder)
+  tokens, mask = hf_models.rows("left", 12)
+  num_new = 64
+  theirs = model.generate(
+      input_ids=torch.as_tensor(tokens),
+      attention_mask=torch.as_tensor(mask),
+      max_new_tokens=num_new,
+      min_new_tokens=num_new,
+      do_sample=False,
+      eos_token_id=None,
+      pad_token_id=0,
+  )[:, 12:].numpy()
+  generate = decode.make_generate(heads.LanguageModel(loaded.config))
+  rollout = jax.jit(generate)(
+      loaded.params,
+      jnp.asarray(tokens, jnp.int32),
+      jnp.asarray(mask, jnp.int32),
+      jax.random.key(0),
+      decode.SamplingConfig(max_new_tokens=num_new, eos_id=-1, greedy=True),
+  )
+  np.testing.assert_array_equal(rollout.completions, theirs)
+
+
+@needs_torch
+@pytest.mark.parametrize("name", NAMES)
+def test_gradients_are_those_of_torch(name, tmp_path):
+  import torch
+  import transformers
+
+  folder = hf_models.GOLDEN / name
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, attn_implementation="eager"
+  )
+  tokens, _ = hf_models.rows("left")
+  tokens = tokens[:1]  # the row without padding
+  ids = torch.as_tensor(tokens)
+  logprobs = torch.log_softmax(model(ids).logits[:, :-1], -1)
+  (-logprobs.gather(-1, ids[:, 1:, None]).mean()).backward()
+
+  loaded = huggingface.load_folder(folder)
+  logits_fn = functions.make_logits_fn(loaded.config)
+
+  def loss(params):
+    inputs = jnp.asarray(tokens, jnp.int32)
+    logits = logits_fn(params, inputs, jnp.ones_like(inputs))
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(logprobs, inputs[:, 1:, None], -1).mean()
+
+  # Their gradients, read as if they were a checkpoint.
+  with torch.no_grad():
+    for weight in model.parameters():
+      weight.copy_(weight.grad)
+  model.save_pretrained(tmp_path)
+  theirs = huggingface.load_folder(tmp_path).params
+  ours = jax.jit(jax.grad(loss))(loaded.params)
+  scale = max(float(jnp.abs(x).max()) for x in jax.tree.leaves(theirs))
+  jax.tree.map(
+      lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * scale),
+      ours,
+      theirs,
+  )
+
+
+@needs_torch
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gpt_neox", "qwen2"])
+def test_reward_models_go_both_ways(name, tmp_path):
+  import torch
+  import transformers
+
+  auto = "AutoModelForSequenceClassification"
+  model = hf_models.make_torch(name, auto, num_labels=1)
+  model.save_pretrained(tmp_path / "theirs")
+  loaded = huggingface.load_folder(tmp_path / "theirs")
+  assert loaded.kind == "reward_model"
+  tokens, mask = hf_models.rows("right")
+  score = functions.make_score_fn(loaded.config)(
+      loaded.params,
+      jnp.asarray(tokens, jnp.int32),
+      jnp.asarray(mask, jnp.int32),
+  )
+  huggingface.save_folder(
+      tmp_path / "ours",
+      loaded.config,
+      loaded.params,
+      family=hf_models.MODELS[name][0],
+      kind="reward_model",
+      token_ids={"pad": 0},
+  )
+  back = getattr(transformers, auto).from_pretrained(tmp_path / "ours")
+  for each in (model, back):
+    with torch.no_grad():
+      theirs = each(
+          input_ids=torch.as_tensor(tokens),
+          attention_mask=torch.as_tensor(mask),
+      ).logits[:, 0]
+    np.testing.assert_allclose(score, theirs.numpy(), atol=1e-4)
+
+
+# ---- What is refused ---------------------------------------------------------
+
+
+@pytest.fixture
+def folder(tmp_path):
+  return shutil.copytree(hf_models.GOLDEN / "llama", tmp_path / "llama")
+
+
+def change_config(folder, **changes):
+  path = folder / "config.json"
+  config = json.loads(path.read_text()) | changes
+  path.write_text(json.dumps(config))
+
+
+def rewrite(folder, change):
+  """The folder's tensors, changed as a dict of arrays."""
+  reader = tensor_files.TensorReader(folder)
+  arrays = {name: reader.read(name) for name in reader.names()}
+  change(arrays)
+  tensor_files.write_tensors(
+      folder,
+      [
+          tensor_files.TensorSource(name, x.shape, x.dtype, lambda x=x: x)
+          for name, x in arrays.items()
+      ],
+  )
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"hidden_act": "relu"}, "hidden_act='relu' is not implemented"),
+        ({"a_new_field": 3}, "not implemented: a_new_field=3"),
+        ({"model_type": "bert"}, "model_type='bert' is none of gpt2, "),
+        ({"model_type": "nosuch"}, "'nosuch' is unknown"),
+        (
+            {"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4,
+                                 "factor": 2.0}},
+            "rope_type='yarn' is not implemented",
+        ),
+    ],
+)
+def test_what_a_config_asks_for_and_is_not_there_is_named(
+    folder, changes, message
+):
+  change_config(folder, **changes)
+  with pytest.raises(FamilyError, match=message):
+    huggingface.load_folder(folder)
+
+
+NORM = "model.layers.1.input_layernorm.weight"
+
+
+def test_missing_extra_and_misshapen_tensors_are_named(folder):
+  for change, message in (
+      (lambda x: x.pop(NORM), f"tensor {NORM} is missing"),
+      (lambda x: x.update({NORM: x[NORM][:-1]}), r"has shape \[15\].* \[16\]"),
+      (lambda x: x.update({NORM: x[NORM] * np.nan}), "holds NaN or Inf"),
+      (lambda x: x.update({"model.new": x[NORM]}), "tensor model.new is none"),
+  ):
+    shutil.rmtree(folder)
+    shutil.copytree(hf_models.GOLDEN / "llama", folder)
+    rewrite(folder, change)
+    with pytest.raises(TensorFileError, match=message):
+      huggingface.load_folder(folder)
+
+
+@pytest.mark.parametrize("keep", [0, 5, 30, 0.5, 0.99])
+def test_a_truncated_file_is_named(folder, keep):
+  path = folder / "model.safetensors"
+  data = path.read_bytes()
+  path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
+  with pytest.raises(TensorFileError, match="model.safetensors: .*cut short"):
+    huggingface.load_folder(folder)
+
+
+def test_a_missing_file_of_several_is_named(folder):
+  reader = tensor_files.TensorReader(folder)
+  arrays = {name: reader.read(name) for name in reader.names()}
+  (folder / "model.safetensors").unlink()
+  with pytest.raises(TensorFileError, match="holds no .*safetensors"):
+    huggingface.load_folder(folder)
+  tensor_files.write_tensors(
+      folder,
+      [
+          tensor_files.TensorSource(name, x.shape, x.dtype, lambda x=x: x)
+          for name, x in arrays.items()
+      ],
+      max_file_bytes=4_000,
+  )
+  first = sorted(folder.glob("*.safetensors"))[1]
+  first.unlink()
+  with pytest.raises(TensorFileError, match=f"{first.name}: is missing"):
+    huggingface.load_folder(folder)
+
+
+def test_a_family_that_cannot_say_it_is_refused(tmp_path):
+  loaded = huggingface.load_folder(hf_models.GOLDEN / "qwen3")
+  with pytest.raises(FamilyError, match="llama cannot .* qk_norm='head'"):
+    huggingface.save_folder(
+        tmp_path, loaded.config, loaded.params, family="llama"
+    )
+
+
+def test_a_head_that_is_tied_and_differs_is_refused(tmp_path):
+  name = "llama_tied_scaled"
+  folder = shutil.copytree(hf_models.GOLDEN / name, tmp_path / name)
+  embedding = "model.embed_tokens.weight"
+  rewrite(folder, lambda x: x.update({"lm_head.weight": x[embedding]}))
+  huggingface.load_folder(folder)
+  rewrite(folder, lambda x: x.update({"lm_head.weight": x[embedding] + 1}))
+  with pytest.raises(TensorFileError, match="says that they are tied"):
+    huggingface.load_folder(folder)
+
+
+def test_dtype_is_converted_on_the_way():
+  loaded = huggingface.load_folder(
+      hf_models.GOLDEN / "gpt2", param_dtype="bfloat16", dtype="bfloat16"
+  )
+  assert {x.dtype.name for x in jax.tree.leaves(loaded.params)} == {"bfloat16"}
+  expected = np.load(hf_models.GOLDEN / "gpt2" / "expected.npz")
+  logits = logits_of(loaded, expected["tokens"], expected["mask"])
+  difference = largest_difference(
+      logits, expected["logits"], expected["mask"]
+  )
+  assert difference < 0.3
+
+
+# ---- Files -------------------------------------------------------------------
+
+
+def test_files_are_those_of_the_formats_own_library(tmp_path):
+  safetensors = pytest.importorskip("safetensors.numpy")
+  rng = np.random.default_rng(0)
+  arrays = {
+      "a": rng.normal(size=(3, 5)).astype(np.float32),
+      "b": rng.integers(0, 9, (4,)).astype(np.int64),
+      "c": np.array(3.0, np.float32),
+      "d": np.zeros((0, 2), np.float16),
+  }
+  sources = [
+      tensor_files.TensorSource(k, x.shape, x.dtype, lambda x=x: x)
+      for k, x in arrays.items()
+  ]
+  tensor_files.write_tensors(tmp_path / "ours", sources)
+  read = safetensors.load_file(tmp_path / "ours" / "model.safetensors")
+  jax.tree.map(np.testing.assert_array_equal, read, arrays)
+  (tmp_path / "theirs").mkdir()
+  safetensors.save_file(arrays, tmp_path / "theirs" / "model.safetensors")
+  reader = tensor_files.TensorReader(tmp_path / "theirs")
+  for name, x in arrays.items():
+    np.testing.assert_array_equal(reader.read(name), x)
+
+
+@needs_torch
+def test_stories260k_goes_on_in_torch_as_here(data_dir, tmp_path):
+  import torch
+  import transformers
+
+  config, params = llama2c.load_llama2c(
+      data_dir / "stories260K" / "stories260K.bin"
+  )
+  huggingface.save_folder(tmp_path, config, params, family="llama")
+  model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+  num_new = 200
+  theirs = model.generate(
+      input_ids=torch.tensor([[1]]),
+      max_new_tokens=num_new,
+      min_new_tokens=num_new,
+      do_sample=False,
+      eos_token_id=None,
+      pad_token_id=0,
+  )[:, 1:]
+  rollout = jax.jit(decode.make_generate(heads.LanguageModel(config)))(
+      params,
+      jnp.ones((1, 1), jnp.int32),
+      jnp.ones((1, 1), jnp.int32),
+      jax.random.key(0),
+      decode.SamplingConfig(max_new_tokens=num_new, eos_id=-1, greedy=True),
+  )
+  np.testing.assert_array_equal(rollout.completions, theirs.numpy())

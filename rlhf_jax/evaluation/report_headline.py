@@ -132,11 +132,11 @@ def _comparison(
   names = f"{after.label} %s {before.label}"
   if difference is None or not math.isfinite(difference.low + difference.high):
     return names % "has no interval to compare with"
-  by = f" by {difference:.3f}, paired by prompt"
   if difference.low > 0:
-    return names % "is above" + by
+    return names % "is above" + f" by {difference:.3f}, paired by prompt"
   if difference.high < 0:
-    return names % "is BELOW" + by
+    below = Interval(-difference.mean, -difference.high, -difference.low)
+    return names % "is BELOW" + f" by {below:.3f}, paired by prompt"
   return names % "is not clearly apart from" + f": {difference:.3f}"
 
 

@@ -183,7 +183,9 @@ def test_reward_hacking_is_named_with_its_peak(hacking_run):
   assert "Over-optimisation: the true reward peaked at PPO step" in (
       report.summary_text(hacking_run)
   )
-  assert "PPO is BELOW SFT" in report.summary_text(hacking_run)
+  assert "PPO is BELOW SFT by 0.240 [0.200, 0.280], paired" in (
+      report.summary_text(hacking_run)
+  )
 
 
 def test_a_noisy_plateau_is_not_called_over_optimisation(whole_run):

@@ -22,8 +22,8 @@ _NEUTRAL = frozenset(
     "_name_or_path model_type output_attentions _attn_implementation "
     "attn_implementation num_labels torchscript use_bfloat16 "
     "attention_dropout hidden_dropout classifier_dropout resid_pdrop "
-    "embd_pdrop attn_pdrop summary_first_dropout dropout activation_dropout layerdrop "
-    "_commit_hash task_specific_params".split()
+    "embd_pdrop attn_pdrop summary_first_dropout dropout activation_dropout "
+    "layerdrop _commit_hash task_specific_params".split()
 )
 
 

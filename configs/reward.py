@@ -3,6 +3,9 @@
     python -m experiments.reward --config=configs/reward.py \
         --workdir=runs/first/reward
 
+50 seconds on 2 cores of an Intel Xeon, to 71% of held-out pairs, where the best
+predictor would be on 84%.
+
 Needs `runs/first/sft` and `runs/first/preferences`, as configs/rlhf.py leaves
 them. :ranking reads rankings of 4 from runs/first/preferences_ranking, which
 `experiments.preferences --config=configs/preferences.py:ranking` leaves.

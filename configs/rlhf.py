@@ -2,10 +2,18 @@
 
     python -m experiments.rlhf --config=configs/rlhf.py --workdir=runs/first
 
+6 minutes and 1.5 GiB on 2 cores of an Intel Xeon. Expect a true reward of 0.07
+(base), 0.52 (SFT) and 0.68 (PPO), means of five seeds whose 95% intervals are in
+the README, and a KL within the controller's target of 1.5 nats.
+
 :smoke runs every stage in about a minute and learns nothing.
 
 :hacking takes the KL penalty away and trains for longer, so that the policy
-learns to please the reward model and not the truth.
+learns to please the reward model and not the truth. Expect the true reward 0.3
+below that of SFT at a score of 1.3 (five seeds). 3 minutes more:
+
+    python -m experiments.rlhf --config=configs/rlhf.py:hacking \
+        --reuse=runs/first --workdir=runs/hacking
 
 :stories is the same on real input, with RLHF_JAX_DATA set to the folder of the
 data: a story model that was pretrained elsewhere, fine-tuned on stories; a

@@ -2,8 +2,8 @@
 
     python -m experiments.ppo --config=configs/ppo.py --workdir=runs/first/ppo
 
-90 seconds on 2 cores of an Intel Xeon; the true reward rises from 0.52 to 0.68 at
-a KL of 0.85 nats a completion (means of five seeds).
+90 seconds on 2 cores of an Intel Xeon; the true reward rises from 0.52 to 0.68
+at a KL of 0.85 nats a completion (means of five seeds).
 
 Needs `runs/first/{sft,reward}`, as configs/rlhf.py leaves them.
 

@@ -53,6 +53,8 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
     model = models.load_reward_model(place)
     params = _with_gain(model)
   tokenizer = model.tokenizer
+  # config.json comes last: a folder without it is not taken for a whole one.
+  tokenizer.save(folder)
   huggingface.save_folder(
       folder,
       model.config,
@@ -65,7 +67,6 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
           "pad": tokenizer.pad_id,
       },
   )
-  tokenizer.save(folder)
 
 
 def _with_gain(model: models.RewardModel):

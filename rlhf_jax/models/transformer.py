@@ -104,7 +104,7 @@ class TransformerConfig:
 
   def __post_init__(self):
     for name in _POSITIVE:
-      if not getattr(self, name) > 0:
+      if not 0 < getattr(self, name) < math.inf:
         raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
     for name, choices in _CHOICES.items():
       if getattr(self, name) not in choices:

@@ -25,7 +25,7 @@ def to_ours(hf: Fields) -> dict[str, Any]:
     hf.require(name, value)
   # How a float16 product is rounded; and of a head that is not this one's.
   hf.ignore("reorder_and_upcast_attn", "summary_type", "summary_use_proj")
-  hf.ignore("summary_activation", "summary_proj_to_labels")
+  hf.ignore("summary_activation", "summary_proj_to_labels", "n_ctx")
   width, heads = hf["n_embd"], hf["n_head"]
   return {
       "vocab_size": hf["vocab_size"],

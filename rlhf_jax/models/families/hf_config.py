@@ -23,7 +23,11 @@ _NEUTRAL = frozenset(
     "attn_implementation num_labels torchscript use_bfloat16 "
     "attention_dropout hidden_dropout classifier_dropout resid_pdrop "
     "embd_pdrop attn_pdrop summary_first_dropout dropout activation_dropout "
-    "layerdrop _commit_hash task_specific_params".split()
+    "layerdrop attention_probs_dropout_prob hidden_dropout_prob _commit_hash "
+    # Left in published files by older versions and other tools.
+    "_num_labels gradient_checkpointing prefix max_sequence_length "
+    "transformers.js_config is_llama_config unsloth_version unsloth_fixed "
+    "task_specific_params".split()
 )
 
 
@@ -96,13 +100,16 @@ def read_fields(folder: epath.Path) -> tuple[str, Fields]:
     model_type = given["model_type"]
     # Its own class knows the defaults, and the older names of fields.
     config_class = transformers.CONFIG_MAPPING[model_type]
-    values = config_class.from_dict(given).to_dict()
   except OSError as error:
     raise FamilyError(f"{path}: {error.strerror or error}") from error
-  except KeyError as error:
+  except (KeyError, TypeError) as error:
     raise FamilyError(
         f"{path}: model_type is missing, or {error} is unknown"
     ) from error
+  except (ValueError, RecursionError) as error:
+    raise FamilyError(f"{path}: not JSON: {error}") from error
+  try:
+    values = config_class.from_dict(given).to_dict()
   except Exception as error:  # whatever its validation raises
     raise FamilyError(f"{path}: transformers refuses it: {error}") from error
   return model_type, Fields(values, str(path))
@@ -116,6 +123,7 @@ def read_rope(hf: Fields) -> dict[str, Any]:
   given = dict(hf["rope_parameters"])
   rope = Fields(given, "rope_parameters")
   kind = rope.get("rope_type", "default")
+  rope.require("type", kind)  # its older name
   ours = {
       "rope_theta": float(rope["rope_theta"]),
       "rotary_fraction": float(rope.get("partial_rotary_factor", 1.0)),

@@ -137,11 +137,13 @@ def make_config(
     family: ModuleType, fields: Fields, **changes: Any
 ) -> TransformerConfig:
   """Our config; refuses every field that the family did not ask for."""
-  ours = family.to_ours(fields)
-  fields.check_nothing_left()
   try:
+    ours = family.to_ours(fields)
+    fields.check_nothing_left()
     return TransformerConfig(**ours | changes)
-  except ValueError as error:
+  except FamilyError:
+    raise
+  except (ValueError, TypeError) as error:
     raise FamilyError(f"config.json: {error}") from error
 
 
@@ -197,7 +199,12 @@ def _file_names(family: ModuleType, reader: TensorReader) -> dict[str, str]:
   names = {}
   for name in reader.names():
     top = name.startswith((family.PREFIX, f"{family.HEAD}.", f"{_SCORE}."))
-    names[name if top else family.PREFIX + name] = name
+    whole = name if top else family.PREFIX + name
+    if whole in names:
+      raise TensorFileError(
+          f"{reader.file(name)}: tensor {name} is also there as {names[whole]}"
+      )
+    names[whole] = name
   return names
 
 
@@ -291,7 +298,12 @@ def _read_one(
         f"{list(wanted)}"
     )
   array = reader.read(in_file)
-  if not np.issubdtype(array.dtype, np.integer) and not _is_finite(array):
+  if not jnp.issubdtype(array.dtype, jnp.floating):
+    raise TensorFileError(
+        f"{reader.file(in_file)}: tensor {in_file} holds {array.dtype}, and "
+        "quantized weights are not implemented"
+    )
+  if not _is_finite(array):
     raise TensorFileError(
         f"{reader.file(in_file)}: tensor {in_file} holds NaN or Inf"
     )

@@ -28,6 +28,7 @@ def to_ours(hf: Fields) -> dict[str, Any]:
 def shape(hf: Fields) -> dict[str, Any]:
   """What all families of Llama's shape say alike."""
   hf.require("hidden_act", "silu")
+  hf.require("rope_interleaved", False)
   heads = hf["num_attention_heads"]
   return {
       "vocab_size": hf["vocab_size"],

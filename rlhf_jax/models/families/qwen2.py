@@ -20,6 +20,7 @@ def to_ours(hf: Fields) -> dict[str, Any]:
 def refuse_windows(hf: Fields) -> None:
   """Some layers with a window and others without are not implemented."""
   hf.require("use_sliding_window", False)
+  hf.require("use_mrope", False)
   hf.ignore("sliding_window", "max_window_layers", "layer_types")
 
 

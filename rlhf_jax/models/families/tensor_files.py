@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import json
 import math
+import re
 from typing import Any
 
 from etils import epath
@@ -21,6 +22,7 @@ MAX_FILE_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000  # as the format's own library has it
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
 _DTYPES = {
     "F64": np.dtype("<f8"),
     "F32": np.dtype("<f4"),
@@ -93,9 +95,14 @@ class TensorReader:
 def _files(folder: epath.Path) -> list[epath.Path]:
   if not folder.is_dir():
     raise TensorFileError(f"{folder}: no such folder")
+  # As transformers looks: what stands beside (consolidated.safetensors, an
+  # adapter) is another copy or another thing.
+  if (folder / _SINGLE).exists():
+    return [folder / _SINGLE]
   index = folder / _INDEX
   if not index.exists():
-    files = sorted(folder.glob("*.safetensors"))
+    files = sorted(folder.glob("model-*.safetensors"))
+    files = files or sorted(folder.glob("*.safetensors"))
     if files:
       return files
     other = sorted(x.name for x in folder.glob("*.bin"))
@@ -108,8 +115,13 @@ def _files(folder: epath.Path) -> list[epath.Path]:
     raise TensorFileError(f"{folder}: holds no *.safetensors{hint}")
   try:
     names = set(json.loads(index.read_text())["weight_map"].values())
-  except (ValueError, KeyError, AttributeError, TypeError) as error:
+    strange = [x for x in names if not _FILE_NAME.fullmatch(x)]
+  except (
+      ValueError, KeyError, AttributeError, TypeError, RecursionError
+  ) as error:
     raise TensorFileError(f"{index}: no index of tensors: {error!r}") from error
+  if strange:
+    raise TensorFileError(f"{index}: {strange[0]!r} is no file of this folder")
   for name in sorted(names):
     if not (folder / name).exists():
       raise TensorFileError(f"{folder / name}: is missing; {index} names it")
@@ -127,7 +139,7 @@ def _read_header(file: epath.Path) -> Iterator[tuple[str, _Entry]]:
     try:
       header = json.loads(stream.read(length))
       tensors = {k: v for k, v in header.items() if k != "__metadata__"}
-    except (ValueError, AttributeError) as error:
+    except (ValueError, AttributeError, RecursionError) as error:
       raise TensorFileError(f"{file}: damaged header: {error}") from error
   for name, value in tensors.items():
     entry = _entry(file, name, value, 8 + length)
@@ -141,9 +153,10 @@ def _read_header(file: epath.Path) -> Iterator[tuple[str, _Entry]]:
 
 def _entry(file: epath.Path, name: str, value: Any, base: int) -> _Entry:
   try:
-    shape = tuple(int(x) for x in value["shape"])
-    start, end = (int(x) for x in value["data_offsets"])
-    dtype_name = value["dtype"]
+    shape, (start, end) = tuple(value["shape"]), value["data_offsets"]
+    dtype_name = str(value["dtype"])
+    if not all(type(x) is int and x >= 0 for x in (*shape, start, end)):
+      raise ValueError("numbers that are no counts")
   except (KeyError, TypeError, ValueError) as error:
     raise TensorFileError(
         f"{file}: tensor {name}: damaged header: {error!r}"
@@ -153,9 +166,7 @@ def _entry(file: epath.Path, name: str, value: Any, base: int) -> _Entry:
         f"{file}: tensor {name}: dtype {dtype_name} is not implemented"
     )
   dtype = _DTYPES[dtype_name]
-  if min(shape, default=0) < 0 or start < 0 or (
-      end - start != math.prod(shape) * dtype.itemsize
-  ):
+  if end - start != math.prod(shape) * dtype.itemsize:
     raise TensorFileError(
         f"{file}: tensor {name}: {end - start} bytes are not {dtype_name} of "
         f"shape {list(shape)}"
@@ -185,6 +196,9 @@ def write_tensors(
   """Writes one file, or several with their index, a tensor at a time."""
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
+  # Of an earlier model, which would be read instead of this one.
+  for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:
+    old.unlink(missing_ok=True)
   groups: list[list[TensorSource]] = [[]]
   for tensor in tensors:
     held = sum(x.num_bytes for x in groups[-1])

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import shutil
 
+from etils import epath
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,7 +16,12 @@ import pytest
 
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
-from rlhf_jax.models.families import huggingface, llama2c, tensor_files
+from rlhf_jax.models.families import (
+    hf_config,
+    huggingface,
+    llama2c,
+    tensor_files,
+)
 from rlhf_jax.models.families.huggingface import FamilyError
 from rlhf_jax.models.families.tensor_files import TensorFileError
 from tests.models.families import hf_models
@@ -267,6 +273,152 @@ def test_what_a_config_asks_for_and_is_not_there_is_named(
     huggingface.load_folder(folder)
 
 
+PUBLISHED = {
+    # The fields of config.json as they were published, shapes made small.
+    "gpt2": {
+        "model_type": "gpt2", "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"], "attn_pdrop": 0.1,
+        "bos_token_id": 50256, "embd_pdrop": 0.1, "eos_token_id": 50256,
+        "initializer_range": 0.02, "layer_norm_epsilon": 1e-05, "n_ctx": 1024,
+        "n_embd": 16, "n_head": 2, "n_layer": 2, "n_positions": 1024,
+        "resid_pdrop": 0.1, "summary_activation": None,
+        "summary_first_dropout": 0.1, "summary_proj_to_labels": True,
+        "summary_type": "cls_index", "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"max_length": 50}},
+        "vocab_size": 50257, "_num_labels": 1,
+    },
+    "opt": {
+        "model_type": "opt", "activation_dropout": 0.0,
+        "activation_function": "relu", "attention_dropout": 0.0,
+        "bos_token_id": 2, "do_layer_norm_before": True, "dropout": 0.1,
+        "eos_token_id": 2, "ffn_dim": 64, "hidden_size": 16, "init_std": 0.02,
+        "layerdrop": 0.0, "max_position_embeddings": 2048,
+        "num_attention_heads": 2, "num_hidden_layers": 2, "pad_token_id": 1,
+        "prefix": "</s>", "torch_dtype": "float16", "use_cache": True,
+        "vocab_size": 50272, "word_embed_proj_dim": 16,
+    },
+    "pythia": {
+        "model_type": "gpt_neox", "bos_token_id": 0, "eos_token_id": 0,
+        "hidden_act": "gelu", "hidden_size": 16, "initializer_range": 0.02,
+        "intermediate_size": 64, "layer_norm_eps": 1e-05,
+        "max_position_embeddings": 2048, "num_attention_heads": 2,
+        "num_hidden_layers": 2, "rotary_emb_base": 10000, "rotary_pct": 0.25,
+        "tie_word_embeddings": False, "torch_dtype": "float16",
+        "use_cache": True, "use_parallel_residual": True, "vocab_size": 50304,
+        "rope_scaling": {"type": "linear", "factor": 4.0},
+    },
+    "qwen2.5": {
+        "model_type": "qwen2", "attention_dropout": 0.0, "bos_token_id": 1,
+        "eos_token_id": 1, "hidden_act": "silu", "hidden_size": 16,
+        "initializer_range": 0.02, "intermediate_size": 32,
+        "max_position_embeddings": 32768, "max_window_layers": 24,
+        "num_attention_heads": 2, "num_hidden_layers": 2,
+        "num_key_value_heads": 1, "rms_norm_eps": 1e-06,
+        "rope_theta": 1000000.0, "sliding_window": 32768,
+        "tie_word_embeddings": True, "torch_dtype": "bfloat16",
+        "use_cache": True, "use_mrope": False, "use_sliding_window": False,
+        "vocab_size": 151936,
+    },
+    "llama3.2": {
+        "model_type": "llama", "attention_bias": False,
+        "attention_dropout": 0.0, "bos_token_id": 128000,
+        "eos_token_id": [128001, 128008, 128009], "head_dim": 8,
+        "hidden_act": "silu", "hidden_size": 16, "initializer_range": 0.02,
+        "intermediate_size": 32, "max_position_embeddings": 131072,
+        "mlp_bias": False, "num_attention_heads": 2, "num_hidden_layers": 2,
+        "num_key_value_heads": 1, "pretraining_tp": 1, "rms_norm_eps": 1e-05,
+        "rope_scaling": {
+            "factor": 32.0, "high_freq_factor": 4.0, "low_freq_factor": 1.0,
+            "original_max_position_embeddings": 8192, "rope_type": "llama3",
+        },
+        "rope_theta": 500000.0, "tie_word_embeddings": True,
+        "torch_dtype": "bfloat16", "transformers_version": "4.45.0.dev0",
+        "use_cache": True, "vocab_size": 128256,
+    },
+}
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_configs_are_read_as_they_were_published(name, tmp_path):
+  (tmp_path / "config.json").write_text(json.dumps(PUBLISHED[name]))
+  model_type, fields = hf_config.read_fields(epath.Path(tmp_path))
+  family = huggingface.find_family(model_type, "config.json")
+  config = huggingface.make_config(family, fields)
+  assert (config.width, config.num_layers) == (16, 2)
+  if name == "pythia":
+    assert (config.rotary_fraction, config.rope_scaling.factor) == (0.25, 4.0)
+  if name == "llama3.2":
+    assert config.rope_theta == 500000.0 and config.tie_head
+    assert config.rope_scaling.original_length == 8192
+
+
+@pytest.mark.parametrize(
+    "rope",
+    [
+        {"rope_type": "default", "rope_theta": "x"},
+        {"rope_type": "default", "rope_theta": float("inf")},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5},
+        {"rope_type": "linear", "rope_theta": 1e4, "factor": None},
+        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0},
+    ],
+)
+def test_rotary_parameters_that_make_no_sense_are_refused(folder, rope):
+  change_config(folder, rope_parameters=rope)
+  with pytest.raises(FamilyError):
+    huggingface.load_folder(folder)
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+  loaded = huggingface.load_folder(hf_models.GOLDEN / "gpt2")
+  for add, size in ((0, 4_000), (1, 10**9), (2, 4_000)):
+    params = jax.tree.map(lambda x, add=add: x + add, loaded.params)
+    huggingface.save_folder(
+        tmp_path, loaded.config, params, family="gpt2", max_file_bytes=size
+    )
+    again = huggingface.load_folder(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_what_stands_beside_the_model_is_not_read(folder):
+  shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
+  huggingface.load_folder(folder)
+
+
+def write_header(path, header):
+  text = json.dumps(header).encode() if isinstance(header, dict) else header
+  path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
+
+
+@pytest.mark.parametrize(
+    "header",
+    [
+        b"[" * 100_000,
+        b"{}}",
+        b"[1]",
+        {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": "16", "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
+        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
+        {"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}},
+        {"a": 3},
+    ],
+)
+def test_damaged_headers_are_refused(folder, header):
+  write_header(folder / "model.safetensors", header)
+  with pytest.raises(TensorFileError, match="model.safetensors: "):
+    huggingface.load_folder(folder)
+
+
+@pytest.mark.parametrize("value", [3, ".", "../../etc/passwd", None])
+def test_damaged_indexes_are_refused(folder, value):
+  (folder / "model.safetensors").unlink()
+  index = {"weight_map": {"model.norm.weight": value}}
+  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+  with pytest.raises(TensorFileError, match="model.safetensors.index.json: "):
+    huggingface.load_folder(folder)
+
+
 NORM = "model.layers.1.input_layernorm.weight"
 
 
@@ -276,6 +428,8 @@ def test_missing_extra_and_misshapen_tensors_are_named(folder):
       (lambda x: x.update({NORM: x[NORM][:-1]}), r"has shape \[15\].* \[16\]"),
       (lambda x: x.update({NORM: x[NORM] * np.nan}), "holds NaN or Inf"),
       (lambda x: x.update({"model.new": x[NORM]}), "tensor model.new is none"),
+      (lambda x: x.update({NORM: x[NORM].astype(np.int32)}), "holds int32"),
+      (lambda x: x.update({NORM[6:]: x[NORM]}), "is also there as"),
   ):
     shutil.rmtree(folder)
     shutil.copytree(hf_models.GOLDEN / "llama", folder)

@@ -3,8 +3,8 @@
     python -m experiments.rlhf --config=configs/rlhf.py --workdir=runs/first
 
 6 minutes and 1.5 GiB on 2 cores of an Intel Xeon. Expect a true reward of 0.07
-(base), 0.52 (SFT) and 0.68 (PPO), means of five seeds whose intervals are in the
-README, and a KL within the controller's target of 1.5 nats.
+(base), 0.52 (SFT) and 0.68 (PPO), means of five seeds whose intervals are in
+the README, and a KL within the controller's target of 1.5 nats.
 
 :smoke runs every stage in about a minute and learns nothing.
 

@@ -98,7 +98,7 @@ def test_a_configs_docstring_holds_its_command(name):
 
 _COMMAND = re.compile(
     r"python -m experiments\.(\w+) --config=configs/(\w+)\.py(?::(\S+))? "
-    r"--workdir=\S+"
+    r"(?:--reuse=\S+ )?--workdir=\S+"
 )
 
 

@@ -12,8 +12,7 @@ FOLDER holds
 of which a tenth is held out. The model is that of configs/rlhf.py, 0.9 M
 parameters with a tokenizer of its own, with 256 tokens of context; prompts are
 those of the demonstrations. There is no judge: the report shows the reward
-model's score, of which more is not always better. On 1,100 short instructions
-with chosen and rejected answers: OWN_TIME on 2 cores of an Intel Xeon.
+model's score, of which more is not always better.
 """
 
 from ml_collections import ConfigDict

@@ -12,6 +12,7 @@ heads, G = H / J query heads that share one, K width of a head.
 
 from collections.abc import Sequence
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -49,28 +50,35 @@ class RopeScaling:
     'llama3' divides the frequencies whose wavelength exceeds original_length /
     low_frequency_factor by `factor`, leaves those below original_length /
     high_frequency_factor, and goes from one to the other in between (Llama 3.1,
-    arXiv 2407.21783; the formula is in the released code).
-  original_length and the two frequency factors are for 'llama3' alone.
+    arXiv 2407.21783; the formula is in the released code); 'yarn' does so by
+    dimension, between those that turn high_frequency_factor and
+    low_frequency_factor times in original_length, and scales queries and keys
+    by the root of `attention_factor` each (Peng et al., arXiv 2309.00071);
+    'dynamic' changes nothing up to the model's own max_length, which is as
+    long as a row can be here.
+  original_length and the two frequency factors are for 'llama3' and 'yarn'.
   """
 
-  kind: Literal["linear", "llama3"]
+  kind: Literal["linear", "llama3", "yarn", "dynamic"]
   factor: float
   original_length: int = 0
   low_frequency_factor: float = 1.0
   high_frequency_factor: float = 4.0
+  attention_factor: float = 1.0
 
   def __post_init__(self):
-    if self.kind not in ("linear", "llama3"):
+    if self.kind not in ("linear", "llama3", "yarn", "dynamic"):
       raise ValueError(f"rope scaling {self.kind!r} is not implemented")
-    if self.factor < 1:
+    if not 1 <= self.factor < math.inf:
       raise ValueError(f"factor={self.factor} must be at least 1")
-    if self.kind == "llama3" and (
+    if self.kind in ("llama3", "yarn") and (
         self.original_length < 1
+        or self.low_frequency_factor <= 0
         or self.high_frequency_factor <= self.low_frequency_factor
     ):
       raise ValueError(
-          "llama3 scaling needs original_length, and a high_frequency_factor "
-          "above the low one"
+          f"{self.kind} scaling needs original_length, and a "
+          "high_frequency_factor above the low one"
       )
 
 
@@ -78,14 +86,26 @@ def rotary_frequencies(
     rotary_dim: int, theta: float, scaling: RopeScaling | None
 ) -> Float[np.ndarray, "half"]:
   """Radians a position, theta^(-2i / rotary_dim) unless scaled; float64."""
-  frequency = theta ** -(np.arange(rotary_dim // 2) * 2.0 / rotary_dim)
-  if scaling is None:
+  index = np.arange(rotary_dim // 2)
+  frequency = theta ** -(index * 2.0 / rotary_dim)
+  if scaling is None or scaling.kind == "dynamic":
     return frequency
   if scaling.kind == "linear":
     return frequency / scaling.factor
-  turns = scaling.original_length * frequency / (2 * np.pi)
   low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
-  kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
+  if scaling.kind == "yarn":
+    # The dimension that turns so often in the original length.
+    dimension = lambda turns: (
+        rotary_dim
+        * math.log(scaling.original_length / (turns * 2 * math.pi))
+        / (2 * math.log(theta))
+    )
+    first = max(math.floor(dimension(high)), 0)
+    last = min(math.ceil(dimension(low)), rotary_dim - 1)
+    kept = 1 - np.clip((index - first) / max(last - first, 1e-3), 0.0, 1.0)
+  else:
+    turns = scaling.original_length * frequency / (2 * np.pi)
+    kept = np.clip((turns - low) / (high - low), 0.0, 1.0)
   return frequency * (kept + (1 - kept) / scaling.factor)
 
 
@@ -97,13 +117,18 @@ def rotary_tables(
 ) -> tuple[Float[Array, "B N half"], Float[Array, "B N half"]]:
   """(sin, cos) of position * frequency, for rotary_dim / 2 frequencies.
 
+  With 'yarn', times its attention factor.
   Computed once a call and shared by all layers.
   Reference: Su et al., RoFormer, arXiv 2104.09864, section 3.4.2.
   """
   frequency = rotary_frequencies(rotary_dim, theta, scaling)
   frequency = jnp.asarray(frequency, jnp.float32)
   angle = positions.astype(jnp.float32)[..., None] * frequency[None, None]
-  return jnp.sin(angle), jnp.cos(angle)
+  sin, cos = jnp.sin(angle), jnp.cos(angle)
+  if scaling is None or scaling.attention_factor == 1.0:
+    return sin, cos
+  factor = jnp.float32(scaling.attention_factor)
+  return sin * factor, cos * factor
 
 
 def apply_rotary(

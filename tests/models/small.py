@@ -37,6 +37,17 @@ VARIANTS = {
     "qk_norm": {"qk_norm": "head"},
     "window": {"sliding_window": 3},
     "linear_scaling": {"rope_scaling": RopeScaling(kind="linear", factor=2.0)},
+    "yarn_scaling": {
+        "rope_theta": 5.0,
+        "rope_scaling": RopeScaling(
+            kind="yarn",
+            factor=4.0,
+            original_length=16,
+            low_frequency_factor=0.4,
+            high_frequency_factor=2.0,
+            attention_factor=1.2,
+        ),
+    },
     "llama3_scaling": {
         "rope_theta": 5.0,
         "rope_scaling": RopeScaling(

@@ -93,19 +93,24 @@ def _rotate_halves(x, config):
   out = x.copy()
   for t in range(len(x)):
     for i in range(half):
-      angle = t * _frequency(config.rope_theta ** (-2 * i / dim), config)
+      plain = config.rope_theta ** (-2 * i / dim)
+      angle = t * _frequency(plain, config, i, dim)
       z = complex(x[t, i], x[t, i + half]) * np.exp(1j * angle)
+      if config.rope_scaling:
+        z *= config.rope_scaling.attention_factor
       out[t, i], out[t, i + half] = z.real, z.imag
   return out
 
 
-def _frequency(frequency, config):
+def _frequency(frequency, config, i, dim):
   """By wavelength and case by case, as the released Llama 3.1 code does it."""
   scaling = config.rope_scaling
   if scaling is None:
     return frequency
   if scaling.kind == "linear":
     return frequency / scaling.factor
+  if scaling.kind == "yarn":
+    return _yarn_frequency(frequency, config, i, dim)
   wavelength = 2 * math.pi / frequency
   low, high = scaling.low_frequency_factor, scaling.high_frequency_factor
   if wavelength < scaling.original_length / high:
@@ -114,6 +119,21 @@ def _frequency(frequency, config):
     return frequency / scaling.factor
   smooth = (scaling.original_length / wavelength - low) / (high - low)
   return (1 - smooth) * frequency / scaling.factor + smooth * frequency
+
+
+def _yarn_frequency(frequency, config, i, dim):
+  """arXiv 2309.00071, section 3.2, in dimensions as its code has it."""
+  scaling = config.rope_scaling
+
+  def where(turns):
+    # The i at which original_length * theta^(-2 i / dim) / (2 pi) = turns.
+    ratio = scaling.original_length / (2 * math.pi * turns)
+    return dim / 2 * math.log(ratio, config.rope_theta)
+
+  first = max(math.floor(where(scaling.high_frequency_factor)), 0)
+  last = min(math.ceil(where(scaling.low_frequency_factor)), dim - 1)
+  ramp = min(max((i - first) / (last - first), 0), 1)
+  return ramp * frequency / scaling.factor + (1 - ramp) * frequency
 
 
 def _rotate_neighbours(x, theta):

@@ -6,6 +6,7 @@ done, and is not known to change nothing, is an error that names it.
 
 from collections.abc import Mapping
 import json
+import math
 from typing import Any
 
 from etils import epath
@@ -140,6 +141,26 @@ def read_rope(hf: Fields) -> dict[str, Any]:
         low_frequency_factor=float(rope["low_freq_factor"]),
         high_frequency_factor=float(rope["high_freq_factor"]),
     )
+  elif kind == "yarn":
+    rope.require("truncate", True)
+    factor = float(rope["factor"])
+    ours["rope_scaling"] = RopeScaling(
+        kind="yarn",
+        factor=factor,
+        original_length=rope["original_max_position_embeddings"],
+        low_frequency_factor=float(rope.get("beta_slow", 1)),
+        high_frequency_factor=float(rope.get("beta_fast", 32)),
+        # arXiv 2309.00071, equation 22.
+        attention_factor=float(
+            rope.get("attention_factor", 0.1 * math.log(factor) + 1)
+        ),
+    )
+  elif kind == "dynamic":
+    # What it changes begins where a row of ours ends.
+    rope.ignore("original_max_position_embeddings")
+    ours["rope_scaling"] = RopeScaling(
+        kind="dynamic", factor=float(rope["factor"])
+    )
   elif kind != "default":
     raise FamilyError(f"rope_parameters: rope_type={kind!r} is not implemented")
   rope.check_nothing_left()
@@ -157,5 +178,12 @@ def write_rope(cfg: TransformerConfig) -> dict[str, Any]:
         "original_max_position_embeddings": scaling.original_length,
         "low_freq_factor": scaling.low_frequency_factor,
         "high_freq_factor": scaling.high_frequency_factor,
+    }
+  if scaling.kind == "yarn":
+    theirs |= {
+        "original_max_position_embeddings": scaling.original_length,
+        "beta_slow": scaling.low_frequency_factor,
+        "beta_fast": scaling.high_frequency_factor,
+        "attention_factor": scaling.attention_factor,
     }
   return {"rope_theta": cfg.rope_theta, "rope_scaling": theirs}

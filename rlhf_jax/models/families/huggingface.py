@@ -259,9 +259,11 @@ def _read_tensor(
   """The parameters of one row of the table, all layers of it."""
   whole = {path: shapes[path] for path in row.paths}
   if not row.is_layered:
-    parts = _read_one(row, row.name, reader, names, tuple(whole.values()))
+    parts = _read_one(
+        row, row.name, reader, names, tuple(whole.values()), dtype
+    )
     return {
-        path: jax.device_put(part.astype(dtype), place(path, part.shape))
+        path: jax.device_put(part, place(path, part.shape))
         for path, part in zip(row.paths, parts, strict=True)
     }
   each = tuple(shape[1:] for shape in whole.values())
@@ -270,9 +272,9 @@ def _read_tensor(
       for path, shape in whole.items()
   }
   for layer in range(next(iter(whole.values()))[0]):
-    parts = _read_one(row, row.name.format(layer), reader, names, each)
+    parts = _read_one(row, row.name.format(layer), reader, names, each, dtype)
     for path, part in zip(row.paths, parts, strict=True):
-      stacked[path] = _set_layer(stacked[path], part.astype(dtype), layer)
+      stacked[path] = _set_layer(stacked[path], part, layer)
   return stacked
 
 
@@ -287,6 +289,7 @@ def _read_one(
     reader: TensorReader,
     names: dict[str, str],
     shapes: tuple[tuple[int, ...], ...],
+    dtype: str,
 ) -> tuple[np.ndarray, ...]:
   if name not in names:
     raise TensorFileError(f"{reader.folder}: tensor {name} is missing")
@@ -307,6 +310,8 @@ def _read_one(
     raise TensorFileError(
         f"{reader.file(in_file)}: tensor {in_file} holds NaN or Inf"
     )
+  # Before it is turned round: the file's bytes are then no longer needed.
+  array = array.astype(dtype, copy=False)
   return row.to_ours(array, shapes)
 
 

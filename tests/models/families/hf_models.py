@@ -58,6 +58,30 @@ MODELS = {
             ),
         },
     ),
+    "llama_yarn": (
+        "llama",
+        {
+            **_LLAMA,
+            "head_dim": 12,
+            "rope_parameters": dict(
+                rope_type="yarn",
+                rope_theta=20.0,
+                factor=4.0,
+                original_max_position_embeddings=24,
+                beta_fast=3.0,
+                beta_slow=0.5,
+            ),
+        },
+    ),
+    "llama_dynamic": (
+        "llama",
+        {
+            **_LLAMA,
+            "rope_parameters": dict(
+                rope_type="dynamic", rope_theta=1e4, factor=4.0
+            ),
+        },
+    ),
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 7, "head_dim": 6}),
     "qwen2": ("qwen2", {**_LLAMA, "tie_word_embeddings": True}),
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 6}),

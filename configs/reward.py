@@ -12,7 +12,7 @@ them. :ranking reads rankings of 4 from runs/first/preferences_ranking, which
 
 :hh trains one on people's comparisons, Anthropic's HH harmless pairs, from the
 pretrained stories260K; RLHF_JAX_DATA names the folder with hh_harmless/ and
-stories260K/:
+stories260K/. 5 GiB; expect 62% of 157 held-out pairs, interval 55% to 70%.
 
     python -m experiments.reward --config=configs/reward.py:hh \
         --workdir=runs/hh

@@ -113,6 +113,27 @@ def test_folder_without_pad_lends_unk_and_survives_saving(tmp_path):
   assert loaded.encode("ab", continues=True) == [4, 5]
 
 
+def test_a_folders_chat_template_travels_along(bpe, tmp_path):
+  bpe.save(tmp_path)
+  template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+  path = tmp_path / "tokenizer_config.json"
+  path.write_text(
+      json.dumps(json.loads(path.read_text()) | {"chat_template": template})
+  )
+  tokenizer = Tokenizer.from_pretrained_folder(tmp_path)
+  assert tokenizer.chat_template == template
+  tokenizer.save(tmp_path / "saved")
+  again = Tokenizer.load(tmp_path / "saved")
+  assert again.chat_template == template
+  assert again.fingerprint == tokenizer.fingerprint != bpe.fingerprint
+  import transformers
+
+  talk = [{"role": "user", "content": "hi"}]
+  fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "saved")
+  assert fast.apply_chat_template(talk, tokenize=False) == "<|user|>hi"
+  assert bpe.chat_template is None
+
+
 def test_special_tokens_are_neither_added_nor_read_from_text(bpe, spm):
   for tokenizer, text in ((bpe, "a<eos><pad>b"), (spm, "a</s><s>b")):
     ids = tokenizer.encode(text)

@@ -318,9 +318,9 @@ class Block(nn.Module):
     out, new = Attention(cfg, stddev, name="attention")(
         Norm(cfg, name="attention_norm")(x), shared, past
     )
-    middle = x if cfg.parallel_residual else x + out
-    x = x + out
-    x = x + FeedForward(cfg, stddev, name="feed_forward")(
+    attended = x + out
+    middle = x if cfg.parallel_residual else attended
+    x = attended + FeedForward(cfg, stddev, name="feed_forward")(
         Norm(cfg, name="feed_forward_norm")(middle)
     )
     return x, (None if past is None else new)

@@ -115,7 +115,9 @@ def test_folder_without_pad_lends_unk_and_survives_saving(tmp_path):
 
 def test_a_folders_chat_template_travels_along(bpe, tmp_path):
   bpe.save(tmp_path)
-  template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+  template = (
+      "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}{% endfor %}"
+  )
   path = tmp_path / "tokenizer_config.json"
   path.write_text(
       json.dumps(json.loads(path.read_text()) | {"chat_template": template})

@@ -247,7 +247,9 @@ def test_gpt2_gives_the_published_ids(data_dir, tmp_path):
   }))
   tokenizer = Tokenizer.from_pretrained_folder(tmp_path)
   assert tokenizer.encode("Hello world") == [15496, 995]
-  assert tokenizer.eos_id == 50256 and tokenizer.pad_id != 50256
+  # It has no token to spare for padding, which masks tell.
+  assert tokenizer.eos_id == tokenizer.pad_id == 50256
+  assert not tokenizer.pad_is_safe
   assert tokenizer.vocab_size == 50257
 
 

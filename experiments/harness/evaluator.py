@@ -93,6 +93,7 @@ class SampleConfig:
         top_p=self.top_p,
         use_top_p=self.top_p < 1,
         eos_id=tokenizer.eos_id,
+        other_eos_ids=tokenizer.eos_ids[1:],
         stop_ids=tuple(stop_ids),
         stop_after=self.stop_after,
         pad_id=tokenizer.pad_id,

@@ -159,6 +159,11 @@ def find(choice: str) -> str:
   return choice
 
 
+def name_of(choice: str) -> str:
+  """How messages call a choice."""
+  return "of the config" if "{" in choice else choice
+
+
 def make_template(choice: str | Template) -> Template:
   """A template that knows no tokenizer; one that does stays as it is.
 
@@ -175,7 +180,7 @@ def make_template(choice: str | Template) -> Template:
 
 @functools.lru_cache(maxsize=16)
 def _without_tokenizer(choice: str) -> Template:
-  return Template(find(choice), "of the config" if "{" in choice else choice)
+  return Template(find(choice), name_of(choice))
 
 
 @functools.lru_cache(maxsize=16)

@@ -25,22 +25,15 @@ import json
 import pathlib
 from typing import Any
 
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
-from rlhf_jax.data import chat, special_tokens
-from rlhf_jax.data.special_tokens import (
-    GENERATION_CONFIG,
-    MARK,
-    TokenizerError,
-    mark,
+from rlhf_jax.data import (
+    chat,
+    special_tokens,
+    tokenizer_files,
+    tokenizer_training,
 )
+from rlhf_jax.data.special_tokens import MARK, TokenizerError, mark
 from rlhf_jax.data.tokenizer_backends import FastBackend, SentencePieceBackend
-
-_HF_FILE = "tokenizer.json"
-_HF_CONFIG = "tokenizer_config.json"
-_SPM_FILE = "tokenizer.model"
-_FILES = (_HF_FILE, _HF_CONFIG, _SPM_FILE, GENERATION_CONFIG)
+from rlhf_jax.data.tokenizer_files import HF_CONFIG, HF_FILE, SPM_FILE
 
 
 class Tokenizer:
@@ -100,35 +93,15 @@ class Tokenizer:
       texts: what to learn the merges from.
       vocab_size: upper bound, at least 259.
     """
-    specials = ["<pad>", "<eos>", "<bos>"]
-    if vocab_size < 256 + len(specials):
-      raise ValueError(
-          f"vocab_size={vocab_size} is too small: 256 bytes and"
-          f" {len(specials)} special tokens need at least"
-          f" {256 + len(specials)}."
-      )
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=specials,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
     return cls._from_fast(
-        backend.to_str(),
+        tokenizer_training.train_byte_level_bpe(texts, vocab_size),
         dict(pad="<pad>", eos="<eos>", bos="<bos>", unk=None),
     )
 
   @classmethod
   def from_sentencepiece(cls, path: str | pathlib.Path) -> "Tokenizer":
     """Reads a sentencepiece `.model` file."""
-    return cls._from_proto(_read(pathlib.Path(path)), str(path))
+    return cls._from_proto(tokenizer_files.read(pathlib.Path(path)), str(path))
 
   @classmethod
   def from_pretrained_folder(cls, directory: str | pathlib.Path) -> "Tokenizer":
@@ -153,31 +126,32 @@ class Tokenizer:
       ) from error
     names = ("pad", "eos", "bos", "unk")
     specials = {name: getattr(fast, f"{name}_token") for name in names}
+    template = tokenizer_files.only_template(fast)
     return cls._from_fast(
-        serialized, specials, str(directory), _only_template(fast), directory
+        serialized, specials, str(directory), template, directory
     )
 
   @classmethod
   def load(cls, directory: str | pathlib.Path) -> "Tokenizer":
     """Reads what `save` wrote."""
     directory = pathlib.Path(directory)
-    if (directory / _SPM_FILE).exists():
-      return cls.from_sentencepiece(directory / _SPM_FILE)
-    serialized = _read(directory / _HF_FILE).decode("utf-8", "replace")
+    if (directory / SPM_FILE).exists():
+      return cls.from_sentencepiece(directory / SPM_FILE)
+    serialized = tokenizer_files.read(directory / HF_FILE)
     try:
-      config = json.loads(_read(directory / _HF_CONFIG))
+      config = json.loads(tokenizer_files.read(directory / HF_CONFIG))
       specials = {k: config[f"{k}_token"] for k in ("pad", "eos", "bos")}
       specials["unk"] = config.get("unk_token")  # only if there is one
     except (ValueError, KeyError, TypeError) as error:
       raise TokenizerError(
-          f"{directory / _HF_CONFIG}: not written by Tokenizer.save"
+          f"{directory / HF_CONFIG}: not written by Tokenizer.save"
           f" ({error!r}). Read a Hugging Face folder with"
           " Tokenizer.from_pretrained_folder."
       ) from error
     return cls._from_fast(
-        serialized,
+        serialized.decode("utf-8", "replace"),
         specials,
-        str(directory / _HF_FILE),
+        str(directory / HF_FILE),
         config.get("chat_template"),
         directory,
         is_saved=True,
@@ -206,14 +180,15 @@ class Tokenizer:
     if folder is not None:
       eos_ids += special_tokens.listed_eos_ids(folder, backend.vocab_size)
     if template and not is_saved:  # what was saved has it in its list
-      end = chat.end_of_turn(
-          chat.Template(template, name, **_names(specials, backend))
-      )
+      names = tokenizer_files.names(specials, backend)
+      end = chat.end_of_turn(chat.Template(template, name, **names))
       eos_ids += [] if end is None else [backend.special_tokens[end]]
     tokenizer = cls(
         backend, {}, ids, tuple(dict.fromkeys(eos_ids)), template
     )
-    tokenizer._files = _fast_files(serialized, specials, tokenizer)
+    tokenizer._files = tokenizer_files.fast_files(
+        serialized, specials, tokenizer
+    )
     return tokenizer
 
   @classmethod
@@ -228,7 +203,7 @@ class Tokenizer:
     ids = dict(pad=start.pad_id(), eos=start.eos_id(), bos=start.bos_id())
     ids = {key: None if id_ < 0 else id_ for key, id_ in ids.items()}
     _check_eos(ids["eos"], name)
-    return cls(backend, {_SPM_FILE: proto}, ids, (ids["eos"],))
+    return cls(backend, {SPM_FILE: proto}, ids, (ids["eos"],))
 
   # --- use ------------------------------------------------------------------
 
@@ -326,9 +301,10 @@ class Tokenizer:
           f" {', '.join(map(repr, chat.TEMPLATES))}, a .jinja file or a Jinja"
           " string."
       )
-    names = {"eos": self._text(self.eos_id), "bos": self._text(self.bos_id)}
     source = self.chat_template if choice == chat.OWN else chat.find(choice)
-    return chat.Template(source, choice, **_names(names, self._backend))
+    texts = {"eos": self._text(self.eos_id), "bos": self.bos_token}
+    names = tokenizer_files.names(texts, self._backend)
+    return chat.Template(source, chat.name_of(choice), **names)
 
   def _text(self, id_: int | None) -> str | None:
     return None if id_ is None else self._backend.piece(id_)
@@ -399,24 +375,22 @@ class Tokenizer:
 
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes the files that `load` reads (and transformers, for a BPE)."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in set(_FILES) - self._files.keys():
-      (directory / stale).unlink(missing_ok=True)
-    for name, content in self._files.items():
-      (directory / name).write_bytes(content)
+    tokenizer_files.write(directory, self._files)
+
+  def export(self, directory: str | pathlib.Path) -> None:
+    """Writes the files of a model's folder that transformers reads.
+
+    Ids are the same there, of a sentencepiece model too; generation_config.json
+    lists what ends a completion.
+    """
+    tokenizer_files.write(
+        directory, tokenizer_files.exported_files(self, self._backend)
+    )
 
 
 def _plain_ids(row: Any) -> list[int]:
   """Plain integers: the libraries take neither numpy scalars nor jax arrays."""
   return row.tolist() if hasattr(row, "tolist") else [int(x) for x in row]
-
-
-def _read(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    raise TokenizerError(f"{path}: {error.strerror}.") from error
 
 
 def _check_eos(eos_id: int | None, name: str) -> None:
@@ -435,43 +409,3 @@ def _check_unicode(index: int, text: str) -> None:
         f"text {index} holds a lone surrogate at character {error.start},"
         " which is no Unicode text; clean it before encoding."
     ) from error
-
-
-def _only_template(fast: Any) -> str | None:
-  """A folder's template; of several by name, the one called default."""
-  found = fast.chat_template
-  return found.get("default") if isinstance(found, dict) else found
-
-
-def _names(specials: dict[str, str | None], backend: Any) -> dict[str, Any]:
-  """What a template knows of the tokens."""
-  return {
-      "bos_token": specials["bos"] or "",
-      "eos_token": specials["eos"] or "",
-      "special_tokens": tuple(backend.special_tokens),
-  }
-
-
-def _fast_files(
-    serialized: str, specials: dict[str, str | None], tokenizer: Tokenizer
-) -> dict[str, bytes]:
-  """What `save` writes: transformers reads the same tokenizer from it."""
-  config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-  # A lent padding token only where no one can mistake it for another.
-  pad = tokenizer.pad_token if tokenizer.pad_is_safe else None
-  tokens = {"pad": pad, "eos": specials["eos"], "bos": specials["bos"]}
-  if specials["unk"]:
-    tokens["unk"] = specials["unk"]
-  config |= {f"{name}_token": token for name, token in tokens.items()}
-  if tokenizer.chat_template:
-    config["chat_template"] = tokenizer.chat_template
-  files = {
-      _HF_FILE: serialized.encode(),
-      _HF_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-  }
-  if len(tokenizer.eos_ids) > 1:
-    files[GENERATION_CONFIG] = special_tokens.generation_config(
-        tokenizer.bos_id, tokenizer.eos_ids,
-        tokenizer.pad_id if tokenizer.pad_is_safe else None,
-    )
-  return files

@@ -28,6 +28,7 @@ class FastBackend:
   """A `tokenizers.Tokenizer`, and its twin without a prefix space."""
 
   def __init__(self, serialized: str):
+    self.serialized = serialized
     self._spec = json.loads(serialized)
     self.start = tokenizers.Tokenizer.from_str(serialized)
     without_prefix = _without_prefix_space(self._spec)
@@ -93,6 +94,7 @@ class SentencePieceBackend:
   """A sentencepiece processor, and its twin without a dummy prefix."""
 
   def __init__(self, proto: bytes):
+    self.proto = proto
     self.start = _load_proto(proto + _SPM_KEEP_SPACES)
     self.middle = _load_proto(proto + _SPM_KEEP_SPACES_NO_PREFIX)
     self.vocab_size = self.start.vocab_size()

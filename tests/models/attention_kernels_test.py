@@ -1,6 +1,7 @@
 import functools
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -117,6 +118,29 @@ def test_splash_runs_on_each_devices_own_rows():
   # No device gathers another's rows.
   assert "all-gather" not in compiled.as_text()
   assert actual.sharding.spec[0] == sharding.DATA_AXIS
+
+
+def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
+  pytest.importorskip("libtpu", reason="libtpu compiles for TPUs")
+  monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
+  devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
+  mesh = jax.sharding.Mesh(np.asarray(devices), (sharding.DATA_AXIS,))
+  rows = jax.NamedSharding(mesh, jax.P(sharding.DATA_AXIS))
+  shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
+
+  def loss(query, key, value, segment_ids):
+    out = attention_kernels.splash(
+        query, key, value, segment_ids, window=30, scale=0.3, softcap=0.5
+    )
+    return out.sum()
+
+  arrays = [shape((8, h, N, 64), jnp.float32) for h in (H, 2, 2)]
+  lower = lambda *x: jax.jit(jax.grad(loss, (0, 1, 2))).lower(*x)
+  compiled = sharding.under_mesh(mesh, lower)(
+      *arrays, shape((8, N), jnp.int32)
+  ).compile()
+  # Forward, and backward for queries and for keys and values.
+  assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
 
 
 @pytest.mark.skipif(

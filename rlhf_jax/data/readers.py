@@ -108,6 +108,24 @@ def read_records(
   return found
 
 
+def read_texts(source: str) -> list[str]:
+  """The `text` of every record of a JSONL file or glob.
+
+  Raises:
+    ReadError: with file and line, a record that has none; or there are none.
+  """
+  found = []
+  for path in resolve_files(source):
+    for number, line in read_lines(path):
+      try:
+        found.append(records.text_of(parse_line(line)))
+      except RecordError as error:
+        raise ReadError(f"{path}:{number}: {error}") from error
+  if not found:
+    raise ReadError(f"{source}: holds no records.")
+  return found
+
+
 def field_names(source: str, data_dir: str | None = None) -> set[str]:
   """The fields of the source's first record; of one that is no object, none."""
   if source.startswith(TFDS_PREFIX):

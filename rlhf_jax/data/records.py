@@ -137,6 +137,17 @@ def validate_record(
   return _VALIDATORS[kind](obj)
 
 
+def text_of(obj: Any) -> str:
+  """The field `text` of a parsed JSON object.
+
+  Raises:
+    RecordError: it has no such text.
+  """
+  if not isinstance(obj, dict):
+    raise RecordError("", f"a record is a JSON object, not {_type_name(obj)}")
+  return _text(obj, "text")
+
+
 def _demonstration(obj: dict, template: chat.Template) -> Demonstration:
   if "messages" in obj:
     if "prompt" in obj or "completion" in obj:

@@ -81,21 +81,32 @@ class Tokenizer:
 
   @classmethod
   def train_byte_level_bpe(
-      cls, texts: Iterable[str], vocab_size: int
+      cls,
+      texts: Iterable[str],
+      vocab_size: int,
+      special_tokens: Sequence[str] = (),
+      chat_template: str | None = None,
   ) -> "Tokenizer":
     """Learns byte-level BPE: every text round-trips, digits stay single.
 
-    Ids 0, 1, 2 are <pad>, <eos>, <bos>, then the 256 bytes, then the merges.
-    The same texts give the same tokenizer. With little text there may be fewer
-    merges than asked for: `vocab_size` of the result says how many there are.
+    Ids 0, 1, 2 are <pad>, <eos>, <bos>, then further special tokens, the 256
+    bytes, and the merges. The same texts give the same tokenizer. With little
+    text there may be fewer merges than asked for: `vocab_size` of the result
+    says how many there are.
 
     Args:
       texts: what to learn the merges from.
-      vocab_size: upper bound, at least 259.
+      vocab_size: upper bound, at least 259 and the special tokens.
+      special_tokens: texts of further ones, for a chat template.
+      chat_template: Jinja that travels along; its end-of-turn token ends
+        completions.
     """
     return cls._from_fast(
-        tokenizer_training.train_byte_level_bpe(texts, vocab_size),
+        tokenizer_training.train_byte_level_bpe(
+            texts, vocab_size, special_tokens
+        ),
         dict(pad="<pad>", eos="<eos>", bos="<bos>", unk=None),
+        template=chat_template,
     )
 
   @classmethod
@@ -320,12 +331,12 @@ class Tokenizer:
     return self._text(self.pad_id)
 
   def piece(self, id_: int) -> str:
-    """What one id says, for people: a part of a character by its name."""
+    """What one id says, for people: a part of a character by its bytes."""
     for token, special in self.special_tokens.items():
       if special == id_:
         return token
     text = self.decode([id_], continues=True)
-    return self._backend.piece(id_) if "\ufffd" in text or not text else text
+    return self._backend.name(id_) if "\ufffd" in text or not text else text
 
   def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
     """Text of `ids`; special tokens are dropped.

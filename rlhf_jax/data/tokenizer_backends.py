@@ -23,6 +23,14 @@ from rlhf_jax.data.special_tokens import MARK, mark
 _SPM_KEEP_SPACES = b"\x1a\x02\x20\x00"
 _SPM_KEEP_SPACES_NO_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
 
+# How byte-level tokenizers write bytes: what is printable in Latin-1 as itself,
+# the others as characters from 256 on (GPT-2's table).
+_PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+_OTHERS = [x for x in range(256) if x not in _PRINTABLE]
+_BYTE_OF = {chr(x): x for x in _PRINTABLE} | {
+    chr(256 + i): x for i, x in enumerate(_OTHERS)
+}
+
 
 class FastBackend:
   """A `tokenizers.Tokenizer`, and its twin without a prefix space."""
@@ -89,6 +97,14 @@ class FastBackend:
     """The vocabulary's name of an id; '' if it has none."""
     return self.start.id_to_token(id_) or ""
 
+  def name(self, id_: int) -> str:
+    """What an id is for people that is no text by itself."""
+    piece = self.piece(id_)
+    if "ByteLevel" not in json.dumps(self._spec["decoder"]):
+      return piece
+    content = bytes(_BYTE_OF[x] for x in piece if x in _BYTE_OF)
+    return content.decode("utf-8", "backslashreplace")
+
 
 class SentencePieceBackend:
   """A sentencepiece processor, and its twin without a dummy prefix."""
@@ -125,6 +141,8 @@ class SentencePieceBackend:
   def piece(self, id_: int) -> str:
     """The vocabulary's name of an id."""
     return self.start.id_to_piece(id_)
+
+  name = piece
 
 
 def _load_proto(proto: bytes) -> sentencepiece.SentencePieceProcessor:

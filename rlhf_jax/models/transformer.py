@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, lora
 from rlhf_jax.types import pytree_dataclass, static
 
 segment_positions = attention.segment_positions
@@ -228,6 +228,11 @@ class Projection(nn.Module):
     size_in = math.prod(self.shape[: self.num_in])
     kernel = kernel.astype(cfg.dtype).reshape(size_in, -1)
     out = (x.reshape(-1, size_in) @ kernel).reshape(*lead, *out_shape)
+    if "adapter" in self.variables:
+      added = lora.product(
+          x.reshape(*lead, size_in), self.variables["adapter"]
+      )
+      out = out + added.reshape(out.shape)
     if not self.use_bias:
       return out
     zeros = nn.initializers.zeros
@@ -348,7 +353,7 @@ class Transformer(nn.Module):
     block = nn.remat(Block, prevent_cse=unrolled) if cfg.remat else Block
     self.layers = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "adapter": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0),
         out_axes=0,

@@ -189,7 +189,8 @@ def by_projection(adapter: Mapping[str, Any]) -> dict[str, tuple[Any, Any]]:
   """'attention/query' -> (A [L, in, rank], B [L, rank, out])."""
   leaves = _layers(adapter)
   names = sorted({path.rpartition("/")[0] for path in leaves})
-  return {name: (leaves[f"{name}/{A}"], leaves[f"{name}/{B}"]) for name in names}
+  pair = lambda name: (leaves[f"{name}/{A}"], leaves[f"{name}/{B}"])
+  return {name: pair(name) for name in names}
 
 
 def from_layers(leaves: Mapping[str, Any]) -> dict[str, Any]:

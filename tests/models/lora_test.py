@@ -237,9 +237,8 @@ def test_dropout_keeps_the_expectation_and_drops_the_share():
 def test_layers_and_projections_drop_different_inputs():
   _, base = small.small_language_model()
   adapter = _random_adapter(base)
-  whole = _adapted(
-      base, adapter, row_rngs=_row_rngs([0, 1]), adapter_dropout=jnp.float32(0.5)
-  )
+  dropout = dict(row_rngs=_row_rngs([0, 1]), adapter_dropout=jnp.float32(0.5))
+  whole = _adapted(base, adapter, **dropout)
   layers = lora.variables(whole)["adapter"]["trunk"]["layers"]
   keys = np.concatenate([
       np.asarray(jax.random.key_data(leaf)).reshape(-1, 2)

@@ -116,6 +116,21 @@ def assistant_samples() -> ConfigDict:
   return samples(max_prompt_length=20, max_completion_length=32)
 
 
+def lora(rank: int = 0, **changes) -> ConfigDict:
+  """An adapter of that rank on frozen weights; 0 trains the weights."""
+  cfg = ConfigDict(
+      dict(
+          rank=rank,
+          alpha=16.0,
+          targets=("all-linear",),
+          dropout=0.0,
+          rank_stabilized=False,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
 def language_model_training(
     num_steps: int, learning_rate: float, warmup_steps: int, **changes
 ) -> ConfigDict:

@@ -6,8 +6,10 @@
 A place is such a stage folder; `FOLDER@STEP`, `FOLDER@last` or `FOLDER@best`
 (by the stage's `loop.best_metric`) for the policy in one of its checkpoints,
 also of a stage that has not ended; `hf:FOLDER` for a model in Hugging Face's
-layout, with its tokenizer; or `llama2c:MODEL.bin:TOKENIZER.model` for a model
-in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a place or
+layout, with its tokenizer; `peft:ADAPTER:hf:FOLDER` for such a model with a
+LoRA adapter in the layout of the package `peft` merged into it; or
+`llama2c:MODEL.bin:TOKENIZER.model` for a model in llama2.c's format with its
+sentencepiece tokenizer. `${NAME}` in a place or
 source stands for an environment variable, `@run/` for the folder that holds a
 run's stages.
 """
@@ -24,12 +26,14 @@ import jax.numpy as jnp
 from experiments.harness import config as config_lib
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.models.families import huggingface, llama2c
+from rlhf_jax.models import lora
+from rlhf_jax.models.families import huggingface, llama2c, peft_folder
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import ScoreNormalization
 
 LLAMA2C = "llama2c:"
 HUGGING_FACE = "hf:"
+PEFT = re.compile(r"peft:(.+):(hf:.+)")
 RUN = "@run/"
 # Any other @ is part of a path.
 CHECKPOINT = re.compile(r"(.+)@(\d+|last|best)")
@@ -101,10 +105,25 @@ def load_policy(place: str) -> Policy:
     tokenizer = Tokenizer.from_sentencepiece(tokenizer_path)
     _check_vocabulary(place, config, tokenizer)
     return Policy(config, params, tokenizer)
+  if match := PEFT.fullmatch(place):
+    return _load_peft(*match.groups())
   if match := CHECKPOINT.fullmatch(place):
     return _load_checkpoint(place, *match.groups())
   config, params, tokenizer, _ = _load(place, "policy")
   return Policy(config, params, tokenizer)
+
+
+def _load_peft(adapter_folder: str, place: str) -> Policy:
+  policy = load_policy(place)
+  family = huggingface.family_of(place.removeprefix(HUGGING_FACE))
+  try:
+    config, adapter = peft_folder.load_adapter(
+        adapter_folder, family, policy.params
+    )
+  except lora.LoraError as error:
+    raise checkpoint.CheckpointError(f"{adapter_folder}: {error}") from error
+  params = lora.merge(policy.params, adapter, config.scale)
+  return dataclasses.replace(policy, params=params)
 
 
 def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
@@ -112,10 +131,12 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
   if not path.exists():
     raise FileNotFoundError(f"{stage} is not the folder of a stage")
   config = json.loads(path.read_text(encoding="utf-8"))
-  if (pathlib.Path(stage) / "model").is_dir():
+  adapter = _adapter_config(config)
+  if (pathlib.Path(stage) / "model").is_dir() and adapter is None:
     policy = load_policy(stage)
   else:
-    # Not ended: it has the shape and the tokenizer of what it started from.
+    # Not ended: it has the shape and the tokenizer of what it started from. An
+    # adapter has its base from there, ended or not.
     if not config.get("init_from"):
       raise FileNotFoundError(
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
@@ -137,7 +158,15 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
       best_metric=loop["best_metric"],
       best_mode=loop["best_mode"],
   )
+  if adapter is not None:
+    params = lora.merge(policy.params, params["adapter"], adapter.scale)
   return dataclasses.replace(policy, params=params)
+
+
+def _adapter_config(stage_config: dict[str, Any]) -> lora.LoraConfig | None:
+  if "lora" not in stage_config or not stage_config["lora"]["rank"]:
+    return None
+  return config_lib.from_config(lora.LoraConfig, stage_config["lora"], "lora")
 
 
 def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:

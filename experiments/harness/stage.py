@@ -98,6 +98,11 @@ class Stage:
     write_json(self.dir / "finished.json", summary)
 
 
+def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
+  """The config that a stage was run with."""
+  return json.loads((pathlib.Path(folder) / "config.json").read_text())
+
+
 def is_done(folder: pathlib.Path, config: Any) -> bool:
   """Whether `folder` holds a finished stage of this config."""
   path = folder / "config.json"

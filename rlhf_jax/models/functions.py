@@ -1,13 +1,14 @@
 """Models as plain functions of params, as the updates take them.
 
 `segment_ids` is an attention mask (1 real, 0 padding) or the segment ids of
-packed documents.
+packed documents. Params may be plain, or a base with an adapter: see
+`models/lora.py`.
 """
 
 import jax
 import jax.numpy as jnp
 
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, lora
 from rlhf_jax.models.transformer import TransformerConfig
 
 
@@ -16,7 +17,9 @@ def make_logits_fn(config: TransformerConfig):
   model = heads.LanguageModel(config)
 
   def logits_fn(params, tokens, segment_ids, last=None):
-    return model.apply({"params": params}, tokens, segment_ids, last=last)[0]
+    return model.apply(
+        lora.variables(params), tokens, segment_ids, last=last
+    )[0]
 
   return logits_fn
 
@@ -26,7 +29,7 @@ def make_score_fn(config: TransformerConfig):
   model = heads.ScalarModel(config)
 
   def score_fn(params, tokens, attention_mask):
-    scalars = model.apply({"params": params}, tokens, attention_mask)
+    scalars = model.apply(lora.variables(params), tokens, attention_mask)
     return heads.sequence_scores(scalars, attention_mask)
 
   return score_fn
@@ -39,15 +42,17 @@ def make_policy_value_fn(
 
   params is {'policy': language-model params, 'value': value params}, where the
   value params are those of a whole ScalarModel of `value_config`, or, if that
-  is None, of a scalar head that reads the policy's own trunk.
+  is None, of a scalar head that reads the policy's own trunk. What else is in
+  params belongs to both: a base that each has its own adapter on.
   """
   policy = heads.LanguageModel(policy_config)
   value = heads.ScalarModel(value_config) if value_config else None
   shared_head = heads.ScalarHead(policy_config)
 
   def policy_value_fn(params, tokens, segment_ids, last):
+    shared = {k: v for k, v in params.items() if k not in ("policy", "value")}
     hidden, logits, _ = policy.apply(
-        {"params": params["policy"]},
+        lora.variables(shared | params["policy"]),
         tokens,
         segment_ids,
         last=last,
@@ -56,7 +61,10 @@ def make_policy_value_fn(
     if value is None:
       return logits, shared_head.apply({"params": params["value"]}, hidden)
     values = value.apply(
-        {"params": params["value"]}, tokens, segment_ids, last=last
+        lora.variables(shared | params["value"]),
+        tokens,
+        segment_ids,
+        last=last,
     )
     return logits, values
 

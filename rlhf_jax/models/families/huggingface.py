@@ -109,6 +109,11 @@ def load_folder(
   return Loaded(config, _unflatten(leaves), kind)
 
 
+def family_of(folder: epath.PathLike) -> str:
+  """The model_type of a folder."""
+  return hf_config.read_fields(epath.Path(folder))[0]
+
+
 def find_family(model_type: str, named_by: str) -> ModuleType:
   """The family's module.
 

@@ -190,6 +190,7 @@ def llama_like(
           param_dtype="float32",
           remat=False,
           scan_unroll=1,
+          head_chunk_size=128,
       )
   )
   cfg.update(changes)

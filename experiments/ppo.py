@@ -302,8 +302,8 @@ def make_step(
   Three programs, and between the first two whatever scores: it may be a model
   on the device or a function of the text on the host.
   """
-  policy_value_fn = functions.make_policy_value_fn(policy.config, value_config)
-  ref_logits_fn = functions.make_logits_fn(ref_policy.config)
+  model = functions.make_policy_value(policy.config, value_config)
+  ref_model = functions.make_language_model(ref_policy.config)
   generate = decode.make_generate(heads.LanguageModel(policy.config))
   ref_params = sharding.replicate(ref_policy.params, mesh)
   sampling = rollout_sampling(config, policy.tokenizer)
@@ -314,10 +314,8 @@ def make_step(
     params = frozen | state.train.params["policy"]
     return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
 
-  score_step = jax.jit(ppo.make_score_rollout(policy_value_fn, ref_logits_fn))
-  update_step = jax.jit(
-      ppo.make_ppo_update(policy_value_fn, tx), donate_argnums=0
-  )
+  score_step = jax.jit(ppo.make_score_rollout(model, ref_model))
+  update_step = jax.jit(ppo.make_ppo_update(model, tx), donate_argnums=0)
 
   def step(state, batch):
     prompt_batch, ptx = sharding.shard_rows(batch, mesh)

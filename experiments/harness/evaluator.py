@@ -255,8 +255,8 @@ class Evaluator:
     if ref_policy is not None:
       self._kl = jax.jit(
           policy_kl.make_episode_kl(
-              functions.make_logits_fn(policy_config),
-              functions.make_logits_fn(ref_policy.config),
+              functions.make_language_model(policy_config),
+              functions.make_language_model(ref_policy.config),
           )
       )
 

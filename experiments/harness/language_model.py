@@ -126,8 +126,8 @@ def train(
       100 * (rows.segment_ids > 0).mean(),
   )
   tx = optim.make_optimizer(cfg.optimizer, cfg.loop.num_steps)
-  logits_fn = functions.make_logits_fn(policy.config)
-  update = jax.jit(sft.make_sft_update(logits_fn, tx), donate_argnums=0)
+  model = functions.make_language_model(policy.config)
+  update = jax.jit(sft.make_sft_update(model, tx), donate_argnums=0)
   params = sharding.replicate(policy.params, mesh)
   rng = jax.random.key(cfg.seed)
   frozen = sharding.replicate(adapters.freeze(adapter, params), mesh)
@@ -154,7 +154,7 @@ def train(
       seed=cfg.seed,
       batch_size=len(prompts),
   )
-  heldout_loss = make_heldout_loss(logits_fn, heldout, cfg)
+  heldout_loss = make_heldout_loss(model, heldout, cfg)
   task = loop.Task(
       name=name,
       state=sharding.replicate(state, mesh),
@@ -186,13 +186,13 @@ def train(
   return trained
 
 
-def make_heldout_loss(logits_fn, heldout: LMBatch, cfg: LanguageModelConfig):
+def make_heldout_loss(model, heldout: LMBatch, cfg: LanguageModelConfig):
   """Returns params -> {'eval/loss', 'eval/token_accuracy'} over all rows."""
 
   @jax.jit
   def measure(params, batch):
     one = jnp.ones((), jnp.float32)
-    return sft.sft_objective(params, batch, logits_fn, cfg.sft, one)[1]
+    return sft.sft_objective(params, batch, model, cfg.sft, one)[1]
 
   batches = list(padded_batches(heldout, cfg.batch_size))
 

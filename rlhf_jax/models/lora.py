@@ -210,6 +210,15 @@ def rescale(adapter: Mapping[str, Any], factor: float) -> dict[str, Any]:
 # --- applying -----------------------------------------------------------------
 
 
+def weights_of(params: Mapping[str, Any]) -> Mapping[str, Any]:
+  """The model's params but for its adapter: plain ones as they are."""
+  if "base" not in params:
+    return params
+  if "head" in params:
+    return {"trunk": params["base"]["trunk"], "head": params["head"]}
+  return params["base"]
+
+
 def variables(params: Mapping[str, Any]) -> dict[str, Any]:
   """What flax applies a model to, of plain params or of a base with an adapter.
 
@@ -217,11 +226,7 @@ def variables(params: Mapping[str, Any]) -> dict[str, Any]:
     params: see the module's docstring. With "adapter_dropout" (a share) and
       "row_rngs" (a key for each row of the batch), inputs are dropped.
   """
-  if "base" not in params:
-    return {"params": params}
-  weights = params["base"]
-  if "head" in params:
-    weights = {"trunk": weights["trunk"], "head": params["head"]}
+  weights = weights_of(params)
   if "adapter" not in params:
     return {"params": weights}
   scale = params["adapter_scale"]

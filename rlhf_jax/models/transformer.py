@@ -47,7 +47,8 @@ _CHOICES = {
 }
 _POSITIVE = (
     "vocab_size num_layers width num_heads num_kv_heads head_dim ff_dim "
-    "max_length scan_unroll norm_epsilon rope_theta rotary_fraction"
+    "max_length scan_unroll head_chunk_size norm_epsilon rope_theta "
+    "rotary_fraction"
 ).split()
 
 
@@ -72,7 +73,9 @@ class TransformerConfig:
     (training keeps float32; in bfloat16 small steps round away).
   remat: recompute each layer in the backward pass instead of storing it.
   scan_unroll: layers a scan iteration; more is faster to run on CPU and slower
-    to compile. It and remat never change a result.
+    to compile.
+  head_chunk_size: positions of a row whose logits exist at a time where a loss
+    measures them. Like remat and scan_unroll, it never changes a result.
   """
 
   vocab_size: int
@@ -101,6 +104,7 @@ class TransformerConfig:
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
   scan_unroll: int = 1
+  head_chunk_size: int = 128
 
   def __post_init__(self):
     for name in _POSITIVE:

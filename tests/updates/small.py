@@ -34,6 +34,7 @@ LEARNING_RATE = 0.1
 # A plain gradient step shows a gradient as it is; Adam would divide by it.
 SGD = optax.sgd(LEARNING_RATE)
 
+MODEL = functions.make_language_model(CONFIG)
 logits_fn = functions.make_logits_fn(CONFIG)
 score_fn = functions.make_score_fn(CONFIG)
 

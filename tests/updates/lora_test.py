@@ -331,7 +331,8 @@ def _wide():
 def _memory_of_ppo(with_adapters: bool):
   """(bytes of one base, bytes alive through an iteration, the programs)."""
   config = _wide()
-  others = {id(x) for x in jax.live_arrays()}
+  before = jax.live_arrays()  # kept, so that no id is given anew
+  others = {id(x) for x in before}
   base = random_params(heads.LanguageModel(config))
   head = heads.scalar_head_init(jax.random.key(0), config.width, zero=True)
   fresh = functools.partial(

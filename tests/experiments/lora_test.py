@@ -273,7 +273,6 @@ def test_exported_adapter_comes_back_as_the_same_model(exported, sft_run):
   again = models.load_policy(f"peft:{adapter}:hf:{base}")
   ours = models.load_policy(str(sft_run))
   jax.tree.map(np.testing.assert_array_equal, again.params, ours.params)
-  assert again.tokenizer.fingerprint == ours.tokenizer.fingerprint
   config = json.loads((adapter / "adapter_config.json").read_text())
   assert config["target_modules"] == [
       "q_proj", "k_proj", "v_proj", "o_proj", "up_proj"

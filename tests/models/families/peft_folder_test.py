@@ -200,6 +200,51 @@ def test_old_and_half_precision_adapters_are_read(tmp_path):
   )
 
 
+@needs_peft
+@quiet
+@pytest.mark.parametrize("name", ["llama", "llama_everywhere", "gpt2"])
+def test_gradients_of_the_adapter_are_those_of_peft(name, tmp_path):
+  import torch
+
+  model = peft_adapters.make_peft(name)
+  model.save_pretrained(tmp_path / "start")
+  base, config, adapter = _load(tmp_path / "start", name)
+  tokens, _ = hf_models.rows("left")
+  tokens = tokens[:1]  # the row without padding
+  ids = torch.as_tensor(tokens)
+  logprobs = torch.log_softmax(model(input_ids=ids).logits[:, :-1], -1)
+  (-logprobs.gather(-1, ids[:, 1:, None]).mean()).backward()
+  with torch.no_grad():
+    for path, weight in model.named_parameters():
+      if "lora_" in path:
+        weight.copy_(weight.grad)
+  # Their gradients, read as if they were an adapter.
+  model.save_pretrained(tmp_path / "gradient")
+  _, _, theirs = _load(tmp_path / "gradient", name)
+
+  def loss(adapter):
+    rows = jnp.asarray(tokens, jnp.int32)
+    variables = _adapted(base, config, adapter)
+    logits, _ = LanguageModel(base.config).apply(variables, rows)
+    logprobs = jax.nn.log_softmax(logits[:, :-1])
+    return -jnp.take_along_axis(logprobs, rows[:, 1:, None], -1).mean()
+
+  ours = lora.by_projection(jax.jit(jax.grad(loss))(adapter))
+  theirs = lora.by_projection(theirs)
+  scale = max(float(jnp.abs(x).max()) for pair in theirs.values() for x in pair)
+  for projection, (_, b) in theirs.items():
+    np.testing.assert_allclose(ours[projection][1], b, atol=1e-4 * scale)
+  # A fused A gets the sum of what the three copies of it get here.
+  fused = [x for x in ours if x in _QKV] if name == "gpt2" else []
+  for projection, (a, _) in theirs.items():
+    parts = fused if projection in fused else [projection]
+    found = sum(ours[part][0] for part in parts)
+    np.testing.assert_allclose(found, a, atol=1e-4 * scale)
+
+
+_QKV = ("attention/query", "attention/key", "attention/value")
+
+
 # ---- What is refused ---------------------------------------------------------
 
 

@@ -116,6 +116,21 @@ def assistant_samples() -> ConfigDict:
   return samples(max_prompt_length=20, max_completion_length=32)
 
 
+def compute(**changes) -> ConfigDict:
+  """Models as they were saved, every layer's activations kept."""
+  cfg = ConfigDict(
+      dict(
+          dtype="",
+          param_dtype="",
+          remat=False,
+          scan_unroll=0,
+          head_chunk_size=128,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
 def lora(rank: int = 0, **changes) -> ConfigDict:
   """An adapter of that rank on frozen weights; 0 trains the weights."""
   cfg = ConfigDict(

@@ -32,6 +32,7 @@ from experiments.harness import (
     sources,
     stage,
 )
+from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
 from rlhf_jax import optim, sharding
@@ -56,6 +57,7 @@ class Config:
   value_network: 'separate', or a head on the policy's own trunk ('shared').
   value_init: 'reward_model' takes its trunk and head (separate only); 'policy'
     the policy's trunk with a fresh head; 'zero' the same with a zero head.
+  compute: how, see `harness/compute.py`.
   lora: an adapter to train on the policy instead of it, and another one for a
     separate value network, beside its head; of rank 0 for none. The policy's
     weights then serve policy, reference policy and value network;
@@ -82,6 +84,7 @@ class Config:
   ptx_batch_size: int
   ptx_seq_len: int
   optimizer: optim.OptimizerConfig
+  compute: ComputeConfig
   lora: lora.LoraConfig
   ppo: ppo.PPOConfig
   loop: loop.LoopConfig
@@ -190,19 +193,21 @@ def run(config: Config, workdir: str) -> None:
   if out.finished:
     return
   mesh = sharding.make_mesh(config.num_devices)
-  policy = models.load_policy(config.init_from)
+  policy = models.load_policy(config.init_from, config.compute)
   if config.lora.rank:
     # The one base; nothing else holds its arrays from here on.
     base = sharding.replicate(policy.params, mesh)
     policy = dataclasses.replace(policy, params=base)
   ref_policy = (
-      models.load_policy(config.ref_policy) if config.ref_policy else policy
+      models.load_policy(config.ref_policy, config.compute)
+      if config.ref_policy
+      else policy
   )
   reward_model = None
   if config.reward_rule:
     reward_fn = evaluator.load_reward_rule(config.reward_rule)
   else:
-    reward_model = models.load_reward_model(config.reward_model)
+    reward_model = models.load_reward_model(config.reward_model, config.compute)
     params = sharding.replicate(reward_model.params, mesh)
     reward_fn = evaluator.make_reward_fn(
         dataclasses.replace(reward_model, params=params)

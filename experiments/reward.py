@@ -31,6 +31,7 @@ from experiments.harness import (
     sources,
     stage,
 )
+from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, pipeline
@@ -54,6 +55,7 @@ class Config:
 
   heldout: comparisons that training never sees; the same source as
     comparisons, if each uses its share of it.
+  compute: how, see `harness/compute.py`.
   lora: an adapter to train instead of the trunk, of rank 0 for none; the head
     is trained either way.
   normalize_on: what the reference policy (ref_policy, a place) completes to fit
@@ -72,6 +74,7 @@ class Config:
   batch_size: int
   num_devices: int
   optimizer: optim.OptimizerConfig
+  compute: ComputeConfig
   lora: LoraConfig
   reward: reward_update.RewardConfig
   loop: loop.LoopConfig
@@ -101,7 +104,7 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  policy = models.load_policy(config.init_from)
+  policy = models.load_policy(config.init_from, config.compute)
   _check_fits(config, policy)
   reader = sources.Reader(config.seed, out.dir / "skipped")
   train, _ = encode(

@@ -16,6 +16,7 @@ from typing import Literal
 from absl import logging
 
 from experiments.harness import cli, language_model, models, sources, stage
+from experiments.harness.compute import ComputeConfig
 from rlhf_jax.data import encoding
 from rlhf_jax.models.lora import LoraConfig
 
@@ -24,6 +25,7 @@ from rlhf_jax.models.lora import LoraConfig
 class Config:
   """init_from: the place of the policy to start from.
 
+  compute: how, see `harness/compute.py`.
   lora: an adapter to train on it instead, of rank 0 for none.
   """
 
@@ -32,6 +34,7 @@ class Config:
   heldout_demonstrations: sources.SourceConfig
   train_on_prompt: bool
   too_long: Literal["drop", "truncate_prompt_left", "error"]
+  compute: ComputeConfig
   lora: LoraConfig
   train: language_model.LanguageModelConfig
 
@@ -41,7 +44,7 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  policy = models.load_policy(config.init_from)
+  policy = models.load_policy(config.init_from, config.compute)
   reader = sources.Reader(config.train.seed, out.dir / "skipped")
   examples = {}
   for split, source in (

@@ -23,7 +23,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from experiments.harness import compute as compute_lib
 from experiments.harness import config as config_lib
+from experiments.harness.compute import ComputeConfig
+from experiments.harness.config import ConfigError
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import lora
@@ -88,13 +91,21 @@ def save_policy(folder: pathlib.Path, policy: Policy) -> None:
   )
 
 
-def load_policy(place: str) -> Policy:
+def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
   """Reads a policy; see the module's docstring for the places.
 
+  Args:
+    compute: how the stage computes with it; None is as it was saved.
+
   Raises:
+    ConfigError: it cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
+  return _with_compute(place, _load_policy(place), compute)
+
+
+def _load_policy(place: str) -> Policy:
   place = expand(place)
   if place.startswith(LLAMA2C):
     model_path, _, tokenizer_path = place.removeprefix(LLAMA2C).partition(":")
@@ -184,22 +195,41 @@ def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
   )
 
 
-def load_reward_model(place: str) -> RewardModel:
+def load_reward_model(
+    place: str, compute: ComputeConfig | None = None
+) -> RewardModel:
   """Reads a reward model from the folder of a reward stage.
 
+  Args:
+    compute: how the stage computes with it; None is as it was saved.
+
   Raises:
+    ConfigError: it cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
   place = expand(place)
   config, params, tokenizer, extra = _load(place, "reward_model")
-  return RewardModel(
+  model = RewardModel(
       config=config,
       params=params,
       normalization=ScoreNormalization(
           gain=jnp.float32(extra["gain"]), bias=jnp.float32(extra["bias"])
       ),
       tokenizer=tokenizer,
+  )
+  return _with_compute(place, model, compute)
+
+
+def _with_compute(place: str, model: Any, compute: ComputeConfig | None):
+  if compute is None:
+    return model
+  try:
+    config = compute.changed(model.config)
+  except ValueError as error:
+    raise ConfigError(f"compute: {place}: {error}") from error
+  return dataclasses.replace(
+      model, config=config, params=compute_lib.cast(model.params, config)
   )
 
 

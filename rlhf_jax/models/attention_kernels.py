@@ -50,7 +50,7 @@ def choose_backend(
   Raises:
     ValueError: if `wanted` cannot do this; says why.
   """
-  platform = platform or jax.default_backend()
+  platform = platform or _platform()
   refusals = {
       "xla": "",
       "cudnn": _refusal_of_cudnn(dtype, head_dim, softcap),
@@ -68,6 +68,10 @@ def choose_backend(
         "'xla'"
     )
   return wanted
+
+
+def _platform() -> str:
+  return jax.default_backend()
 
 
 def _refusal_of_cudnn(dtype: str, head_dim: int, softcap: float) -> str:
@@ -182,7 +186,9 @@ def splash(
 
   mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
-    rows = PartitionSpec(mesh.axis_names)
+    # Rows that do not divide, of an evaluation say, are computed everywhere.
+    is_split = query.shape[0] % mesh.size == 0
+    rows = PartitionSpec(mesh.axis_names if is_split else None)
     # The kernel says nothing of how its result varies over the mesh.
     own_rows = jax.shard_map(
         own_rows, in_specs=rows, out_specs=rows, check_vma=False

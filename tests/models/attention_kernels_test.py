@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax import sharding
 from rlhf_jax.models import attention, attention_kernels
+from tests.models.small import random_tokens, small_language_model
 
 B, H, N, K = 2, 4, 140, 8
 # Two documents with padding on the right, and one with padding on the left.
@@ -97,7 +98,7 @@ def test_plain_attention_is_the_librarys():
   query, key, value = arrays
   # The library's own scale is K ** -0.5.
   scaled = query * (0.3 * K**0.5)
-  actual = attention.attend(scaled, [key], [value], [mask])
+  actual = attention.attend(scaled, [key], [value], [mask], K**-0.5)
   wanted = _attend("plain", *arrays, segment_ids, 30)
   np.testing.assert_allclose(actual, wanted, atol=1e-5)
 
@@ -141,6 +142,48 @@ def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
   ).compile()
   # Forward, and backward for queries and for keys and values.
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
+@pytest.mark.parametrize(
+    "backend,changes",
+    [
+        ("auto", {"sliding_window": 3}),
+        ("splash", {"sliding_window": 3, "full_attention_layers": (1,)}),
+        ("splash", {"attention_softcap": 2.0, "query_scale_dim": 5}),
+    ],
+)
+def test_a_decoder_with_splash_is_the_one_without(
+    backend, changes, monkeypatch
+):
+  # Interpreted, as this is no TPU.
+  monkeypatch.setattr(attention_kernels, "_platform", lambda: "tpu")
+  monkeypatch.setattr(jax, "device_count", lambda: 1)
+  tokens = random_tokens(0, 2, 9)
+  mask = jnp.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 0, 0]])
+
+  def run(backend):
+    model, params = small_language_model(
+        attention_backend=backend, remat=True, **changes
+    )
+
+    def loss(params):
+      logits, _ = model.apply({"params": params}, tokens, mask)
+      real = jnp.where(mask[..., None] > 0, logits, jnp.float32(0))
+      return jnp.square(real).sum(), real
+
+    jitted = jax.jit(jax.grad(loss, has_aux=True))
+    assert ("pallas_call" in str(jitted.trace(params).jaxpr)) == (
+        backend != "xla"
+    )
+    return jitted(params)
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4)
+  jax.tree.map(close, run(backend), run("xla"))
+
+
+def test_a_decoder_refuses_a_backend_of_another_platform():
+  with pytest.raises(ValueError, match="needs a gpu, and this is a cpu"):
+    small_language_model(attention_backend="cudnn")
 
 
 @pytest.mark.skipif(

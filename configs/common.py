@@ -125,6 +125,7 @@ def compute(**changes) -> ConfigDict:
           remat=False,
           scan_unroll=0,
           head_chunk_size=128,
+          attention_backend="auto",
       )
   )
   cfg.update(changes)
@@ -189,23 +190,34 @@ def llama_like(
           max_length=128,
           position="rotary",
           norm="rmsnorm",
+          norm_placement="pre",
+          norm_from_one=False,
           activation="swiglu",
           attention_bias="none",
           feed_forward_bias=False,
           norm_bias=False,
           qk_norm="none",
+          query_scale_dim=0,
+          attention_softcap=0.0,
+          logit_softcap=0.0,
           parallel_residual=False,
           tie_head=True,
+          scale_embedding=False,
           norm_epsilon=1e-5,
           rope_theta=10_000.0,
           rotary_fraction=1.0,
           rope_scaling=None,
           sliding_window=0,
+          full_attention_layers=(),
+          local_rope_theta=0.0,
+          num_experts=0,
+          experts_per_token=0,
           dtype="float32",
           param_dtype="float32",
           remat=False,
           scan_unroll=1,
           head_chunk_size=128,
+          attention_backend="auto",
       )
   )
   cfg.update(changes)

@@ -23,6 +23,7 @@ class ComputeConfig:
   remat: bool
   scan_unroll: int
   head_chunk_size: int
+  attention_backend: Literal["auto", "xla", "cudnn", "splash"]
 
   def __post_init__(self):
     if self.scan_unroll < 0 or self.head_chunk_size < 1:
@@ -44,6 +45,7 @@ class ComputeConfig:
         remat=self.remat,
         scan_unroll=self.scan_unroll or config.scan_unroll,
         head_chunk_size=self.head_chunk_size,
+        attention_backend=self.attention_backend,
     )
 
 

@@ -93,7 +93,7 @@ def target_names(config: LoraConfig, base: Mapping[str, Any]) -> list[str]:
   Raises:
     LoraError: a target matches none; names those that there are.
   """
-  names = [x.rpartition("/")[0] for x in _layers(base) if _is_kernel(x)]
+  names = [x.rpartition("/")[0] for x in _layers(base) if _is_adaptable(x)]
   found = set()
   for target in config.targets:
     everything = target == ALL_LINEAR
@@ -280,8 +280,10 @@ def _layers(tree: Mapping[str, Any]) -> dict[str, Any]:
   return flax.traverse_util.flatten_dict(layers, sep="/")
 
 
-def _is_kernel(path: str) -> bool:
-  return path.endswith("/kernel")
+def _is_adaptable(path: str) -> bool:
+  # A router and its experts are no projections of `peft` either.
+  is_routed = "/experts/" in path or "/router/" in path
+  return path.endswith("/kernel") and not is_routed
 
 
 def _sizes(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:

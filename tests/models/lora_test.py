@@ -286,6 +286,22 @@ def test_adapter_of_another_model_is_refused():
     lora.merge(gelu, _random_adapter(base, gate), 1.0)
 
 
+def test_a_mixture_of_experts_is_adapted_but_for_its_experts():
+  model, base = small.small_language_model(**small.VARIANTS["experts"])
+  everything = dataclasses.replace(CONFIG, targets=(lora.ALL_LINEAR,))
+  adapter = _random_adapter(base, everything)
+  names = {name.partition("/")[0] for name in lora.by_projection(adapter)}
+  assert names == {"attention"}
+  found = _logits(model, lora.variables(_adapted(base, adapter)))
+  merged = lora.merge(base, adapter, CONFIG.scale)
+  np.testing.assert_allclose(
+      found, _logits(model, {"params": merged}), atol=1e-5
+  )
+  experts = dataclasses.replace(CONFIG, targets=("feed_forward/experts/up",))
+  with pytest.raises(lora.LoraError, match="none of the projections attention"):
+    _random_adapter(base, experts)
+
+
 def test_adapter_computes_in_the_dtype_of_its_model():
   model, base = small.small_language_model(dtype="bfloat16")
   assert isinstance(model, LanguageModel)

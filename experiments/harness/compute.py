@@ -5,6 +5,7 @@ from typing import Any, Literal
 
 import jax
 
+from rlhf_jax.models import attention_kernels
 from rlhf_jax.models.transformer import TransformerConfig
 
 
@@ -36,9 +37,10 @@ class ComputeConfig:
     """The model's config as this run computes with it.
 
     Raises:
-      ValueError: scan_unroll does not divide the model's layers.
+      ValueError: scan_unroll does not divide the model's layers, or the
+        attention backend cannot compute it here.
     """
-    return dataclasses.replace(
+    changed = dataclasses.replace(
         config,
         dtype=self.dtype or config.dtype,
         param_dtype=self.param_dtype or config.param_dtype,
@@ -47,6 +49,14 @@ class ComputeConfig:
         head_chunk_size=self.head_chunk_size,
         attention_backend=self.attention_backend,
     )
+    attention_kernels.choose_backend(
+        changed.attention_backend,
+        dtype=changed.dtype,
+        head_dim=changed.head_dim,
+        softcap=changed.attention_softcap,
+        platform=jax.default_backend(),
+    )
+    return changed
 
 
 def cast(params: Any, config: TransformerConfig) -> Any:

@@ -66,6 +66,7 @@ class Attention(nn.Module):
         dtype=cfg.dtype,
         head_dim=cfg.head_dim,
         softcap=cfg.attention_softcap,
+        platform=attention_kernels.platform_of(query),
     )
     scale, softcap = cfg.query_scale, cfg.attention_softcap
     if backend == "xla":

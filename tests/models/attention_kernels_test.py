@@ -147,7 +147,7 @@ def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
   )
   # What is compiled for absent devices cannot be read back from the cache.
   name = "jax_persistent_cache_min_compile_time_secs"
-  before = jax.config.read(name)
+  before = jax.config.jax_persistent_cache_min_compile_time_secs
   jax.config.update(name, 1e9)
   try:
     compiled = lowered.compile()

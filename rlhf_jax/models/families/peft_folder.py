@@ -72,8 +72,7 @@ def load_adapter(
     TensorFileError: a tensor is missing, too many, or of another shape.
   """
   folder = epath.Path(folder)
-  fields = _read_config(folder / CONFIG_FILE)
-  modules = _Modules(fields)
+  modules = _read_config(folder / CONFIG_FILE)
   reader = TensorReader(folder, TENSOR_FILE)
   shapes = _kernel_shapes(base)
   rows = [row for row in _rows(family, shapes) if modules.has(row, shapes)]
@@ -91,12 +90,10 @@ def load_adapter(
         f"that target_modules={modules.targets!r} names in the family {family}"
     )
   paths = [path for row in rows for path in row.paths]
-  config = lora.LoraConfig(
+  config = dataclasses.replace(
+      modules.config,
       rank=max(modules.rank(name) for name in names),
-      alpha=modules.alpha,
       targets=tuple(_projection(path) for path in paths),
-      dropout=modules.dropout,
-      rank_stabilized=modules.rank_stabilized,
   )
   leaves: dict[str, Any] = {}
   for row in rows:
@@ -106,7 +103,7 @@ def load_adapter(
   )
 
 
-def _read_config(path: epath.Path) -> Fields:
+def _read_config(path: epath.Path) -> "_Modules":
   try:
     values = json.loads(path.read_text())
   except OSError as error:
@@ -116,9 +113,13 @@ def _read_config(path: epath.Path) -> Fields:
   if not isinstance(values, dict):
     raise FamilyError(f"{path}: is no object of fields")
   # A feature that is off is as good as one that is not there.
-  return Fields(
-      {name: x for name, x in values.items() if not _is_off(x)}, str(path)
-  )
+  on = {name: x for name, x in values.items() if not _is_off(x)}
+  try:
+    return _Modules(Fields(on, str(path)))
+  except FamilyError:
+    raise
+  except (TypeError, ValueError, AttributeError, re.error) as error:
+    raise FamilyError(f"{path}: {error}") from error
 
 
 def _is_off(value: Any) -> bool:
@@ -137,16 +138,22 @@ class _Modules:
     fields.require("init_lora_weights", True, "gaussian")
     fields.ignore(*_NEUTRAL)
     self.targets = fields["target_modules"]
-    self.alpha = float(fields["lora_alpha"])
-    self.dropout = float(fields.get("lora_dropout", 0.0))
-    self.rank_stabilized = fields.get("use_rslora", False)
-    self._rank = fields["r"]
-    self._ranks = fields.get("rank_pattern", {})
-    self._alphas = fields.get("alpha_pattern", {})
+    self.config = lora.LoraConfig(
+        rank=fields["r"],
+        alpha=float(fields["lora_alpha"]),
+        targets=(lora.ALL_LINEAR,),
+        dropout=float(fields.get("lora_dropout", 0.0)),
+        rank_stabilized=bool(fields.get("use_rslora", False)),
+    )
+    self._ranks = dict(fields.get("rank_pattern", {}))
+    self._alphas = dict(fields.get("alpha_pattern", {}))
     fields.check_nothing_left()
-    for rank in (self._rank, *self._ranks.values()):
+    for rank in (self.config.rank, *self._ranks.values()):
       if type(rank) is not int or rank < 1:
-        raise FamilyError(f"{CONFIG_FILE}: {rank!r} is no rank")
+        raise ValueError(f"{rank!r} is no rank")
+    whole = [self.targets] if isinstance(self.targets, str) else []
+    for pattern in (*whole, *self._ranks, *self._alphas):
+      re.compile(pattern)
 
   def has(self, row: Tensor, shapes: dict[str, tuple[int, ...]]) -> bool:
     found = {self._matches(x) for x in _module_names(row, shapes)}
@@ -166,12 +173,12 @@ class _Modules:
     return any(f".{module}".endswith(f".{x}") for x in self.targets)
 
   def rank(self, module: str) -> int:
-    return _by_pattern(self._ranks, module, self._rank)
+    return _by_pattern(self._ranks, module, self.config.rank)
 
   def scale(self, module: str) -> float:
     rank = self.rank(module)
-    alpha = _by_pattern(self._alphas, module, self.alpha)
-    return alpha / (math.sqrt(rank) if self.rank_stabilized else rank)
+    alpha = float(_by_pattern(self._alphas, module, self.config.alpha))
+    return dataclasses.replace(self.config, rank=rank, alpha=alpha).scale
 
 
 def _by_pattern(patterns: dict[str, Any], module: str, otherwise):

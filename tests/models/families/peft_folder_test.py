@@ -267,6 +267,10 @@ def folder(tmp_path):
         ({"target_modules": ["nosuch"]}, "'nosuch'.*matches no projection"),
         ({"target_modules": r".*layers\.0\..*q_proj"}, "some layers only"),
         ({"r": 0}, "0 is no rank"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "2.5 is no rank"),
+        ({"lora_alpha": "much"}, "config.json: could not convert .*'much'"),
+        ({"target_modules": "("}, "config.json: missing \\)"),
+        ({"lora_dropout": 2.0}, "dropout=2.0 must be in"),
     ],
 )
 def test_what_a_config_asks_for_and_is_not_there_is_named(

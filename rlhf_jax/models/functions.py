@@ -83,6 +83,27 @@ def make_logits_fn(config: TransformerConfig):
   return logits_fn
 
 
+def make_router_fn(config: TransformerConfig):
+  """(params, tokens [B, T], segment_ids [B, T]) -> (logits, router_probs).
+
+  router_probs [L, B, T, E] of a language model with a mixture of experts, for
+  `losses.load_balancing`.
+  """
+  model = heads.LanguageModel(config)
+
+  def router_fn(params, tokens, segment_ids):
+    (logits, _), sown = model.apply(
+        lora.variables(params),
+        tokens,
+        segment_ids,
+        mutable=["intermediates"],
+    )
+    layers = sown["intermediates"]["trunk"]["layers"]
+    return logits, layers["feed_forward"]["router_probs"][0]
+
+  return router_fn
+
+
 def make_score_fn(config: TransformerConfig):
   """(params, tokens [N, T], attention_mask [N, T]) -> score [N]."""
   model = heads.ScalarModel(config)

@@ -393,7 +393,9 @@ def _their_config(
   # Read back, it must be the same model: what the family has no field for
   # would be lost otherwise.
   values = transformers.CONFIG_MAPPING[family].from_dict(theirs).to_dict()
-  free = "dtype param_dtype remat scan_unroll head_chunk_size".split()
+  free = (
+      "dtype param_dtype remat scan_unroll head_chunk_size attention_backend"
+  ).split()
   again = make_config(
       module,
       Fields(values, f"family {family}"),

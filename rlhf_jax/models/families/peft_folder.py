@@ -75,7 +75,7 @@ def load_adapter(
   modules = _read_config(folder / CONFIG_FILE)
   reader = TensorReader(folder, TENSOR_FILE)
   shapes = _kernel_shapes(base)
-  rows = [row for row in _rows(family, shapes) if modules.has(row, shapes)]
+  rows = [row for row in _rows(family, base) if modules.has(row, shapes)]
   if not rows:
     raise FamilyError(
         f"{folder / CONFIG_FILE}: target_modules={modules.targets!r} matches "
@@ -291,7 +291,7 @@ def save_adapter(
   }
   rows = [
       row
-      for row in _rows(family, shapes)
+      for row in _rows(family, base)
       if any(_projection(path) in parts for path in row.paths)
   ]
   found = {_projection(path) for row in rows for path in row.paths}
@@ -301,7 +301,7 @@ def save_adapter(
         f"{', '.join(sorted(set(parts) - found))}"
     )
   modules = [_to_module(row, parts, shapes) for row in rows]
-  theirs = _their_config(config, modules, _rows(family, shapes), base_name)
+  theirs = _their_config(config, modules, _rows(family, base), base_name)
   folder.mkdir(parents=True, exist_ok=True)
   tensor_files.write_file(folder / TENSOR_FILE, list(_sources(modules)))
   (folder / CONFIG_FILE).write_text(json.dumps(theirs, indent=2) + "\n")
@@ -408,13 +408,14 @@ def _sources(modules: list[_Module]) -> Iterator[TensorSource]:
 # --- names and shapes ---------------------------------------------------------
 
 
-def _rows(family: str, shapes: dict[str, tuple[int, ...]]) -> list[Tensor]:
+def _rows(family: str, base: dict[str, Any]) -> list[Tensor]:
   """The projections of the family's table that this model has."""
   table = huggingface.find_family(family, "family").WEIGHTS
+  names = lora.projections(base)
   return [
       row
       for row in table
-      if row.kind == "matrix" and row.is_layered and row.paths[0] in shapes
+      if row.kind == "matrix" and _projection(row.paths[0]) in names
   ]
 
 

@@ -24,7 +24,7 @@ from absl import app, flags, logging
 import jax
 
 from experiments.harness import adapters, cli, models, stage
-from rlhf_jax.models.families import huggingface, peft_folder
+from rlhf_jax.models.families import huggingface, peft_export, peft_modules
 
 _MODEL = flags.DEFINE_string("model", None, "The place of a model.")
 _FAMILY = flags.DEFINE_string("family", "llama", "Its model_type there.")
@@ -91,7 +91,7 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
     FileNotFoundError: the stage trained no adapter.
     huggingface.FamilyError: the family has no such projections.
   """
-  if (pathlib.Path(folder) / peft_folder.CONFIG_FILE).exists():
+  if (pathlib.Path(folder) / peft_modules.CONFIG_FILE).exists():
     raise cli.UserError(f"--to={folder}: holds an adapter already")
   adapter = adapters.load(place)
   if kind != "policy" or adapter.head is not None:
@@ -101,7 +101,7 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
     )
   started_from = stage.read_config(place)["init_from"]
   is_theirs = started_from.startswith(models.HUGGING_FACE)
-  peft_folder.save_adapter(
+  peft_export.save_adapter(
       folder,
       adapter.config,
       adapter.params,

@@ -93,7 +93,10 @@ def make_router_fn(config: TransformerConfig):
 
   def router_fn(params, tokens, segment_ids):
     (logits, _), sown = model.apply(
-        {"params": params}, tokens, segment_ids, mutable=["intermediates"]
+        lora.variables(params),
+        tokens,
+        segment_ids,
+        mutable=["intermediates"],
     )
     layers = sown["intermediates"]["trunk"]["layers"]
     return logits, layers["feed_forward"]["router_probs"][0]

@@ -52,7 +52,8 @@ class LoraConfig:
   alpha: the product's weight is alpha / rank, or alpha / sqrt(rank) if
     rank_stabilized.
   targets: regular expressions, each for the whole name of a projection, such as
-    'attention/query' or 'feed_forward/.*'; or 'all-linear'. In all layers.
+    'attention/query' or 'feed_forward/.*'; or 'all-linear'. In all layers. A
+    mixture's router and experts have no adapters.
   dropout: share of a projection's inputs that its adapter does not see, while
     training.
   """
@@ -93,8 +94,7 @@ def target_names(config: LoraConfig, base: Mapping[str, Any]) -> list[str]:
   Raises:
     LoraError: a target matches none; names those that there are.
   """
-  names = [x.rpartition("/")[0] for x in _layers(base) if _is_adaptable(x)]
-  found = set()
+  names, found = projections(base), set()
   for target in config.targets:
     everything = target == ALL_LINEAR
     matched = {x for x in names if everything or re.fullmatch(target, x)}
@@ -104,6 +104,13 @@ def target_names(config: LoraConfig, base: Mapping[str, Any]) -> list[str]:
       )
     found |= matched
   return [name for name in names if name in found]
+
+
+def projections(base: Mapping[str, Any]) -> list[str]:
+  """What may have an adapter: 'attention/query', ..."""
+  kernels = [x for x in _layers(base) if x.endswith("/kernel")]
+  names = [x.removesuffix("/kernel") for x in kernels]
+  return [x for x in names if not re.search("/(router|experts)", x)]
 
 
 def init(
@@ -278,12 +285,6 @@ def _layers(tree: Mapping[str, Any]) -> dict[str, Any]:
   """'attention/query/kernel' -> array, of params or of an adapter."""
   layers = tree[_LAYERS[0]][_LAYERS[1]]
   return flax.traverse_util.flatten_dict(layers, sep="/")
-
-
-def _is_adaptable(path: str) -> bool:
-  # A router and its experts are no projections of `peft` either.
-  is_routed = "/experts/" in path or "/router/" in path
-  return path.endswith("/kernel") and not is_routed
 
 
 def _sizes(name: str, shape: tuple[int, ...]) -> tuple[int, int, int]:

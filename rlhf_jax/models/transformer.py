@@ -22,7 +22,8 @@ one scan):
     final_norm/scale
 
 Norms and softmax run in float32 whatever the compute dtype. There is no
-dropout: a policy's log-probabilities must be a function of its parameters.
+dropout: a policy's log-probabilities must be a function of its parameters. A
+projection adds what an adapter has for it, see `lora.py`.
 """
 
 import functools

@@ -1,5 +1,6 @@
 """Stages that train adapters, from a base to a folder of peft's."""
 
+import gc
 import importlib.util
 import json
 import shutil
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import export, ppo, reward, sft
-from experiments.harness import adapters, cli, models
+from experiments.harness import adapters, cli, models, preflight
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax.models import functions, lora
 from rlhf_jax.models.families.hf_config import FamilyError
@@ -63,7 +64,13 @@ def reward_run(finished_run, tmp_path_factory, promoted):
 @pytest.fixture(scope="module")
 def ppo_run(finished_run, reward_run, tmp_path_factory, promoted):
   folder = tmp_path_factory.mktemp("lora") / "ppo"
-  return _stage(ppo, finished_run, folder, reward_model=str(reward_run))
+  return _stage(ppo, finished_run, folder, **_ppo_changes(reward_run))
+
+
+def _ppo_changes(reward_run):
+  loop = tiny.pipeline().ppo.loop
+  loop.update(tiny.loop(4, eval_every=2, checkpoint_every=2))
+  return dict(reward_model=str(reward_run), loop=loop)
 
 
 def _differences(folder, base):
@@ -125,19 +132,38 @@ def test_checkpoints_hold_no_base_and_are_places(name, request):
 def test_the_same_seed_is_bitwise_the_same_and_a_resumed_run_too(
     sft_run, finished_run, tmp_path
 ):
-  # As a run that was killed after its checkpoint of step 2.
-  cut = shutil.copytree(sft_run, tmp_path / "cut")
+  loop = loop_of(tiny.loop(4, eval_every=2, checkpoint_every=2))
+  for folder in (_cut(sft_run, tmp_path), tmp_path / "again"):
+    _stage(sft, finished_run, folder, lora__dropout=0.2, train__loop=loop)
+    _assert_same_run(folder, sft_run)
+
+
+def test_ppo_resumes_with_both_adapters(
+    ppo_run, reward_run, finished_run, tmp_path
+):
+  cut = _cut(ppo_run, tmp_path)
+  assert any("value.adapter" in x for x in tiny.last_checkpoint(cut))
+  _stage(ppo, finished_run, cut, **_ppo_changes(reward_run))
+  _assert_same_run(cut, ppo_run)
+
+
+def _cut(run, tmp_path):
+  """As a run that was killed after its checkpoint of step 2."""
+  cut = shutil.copytree(run, tmp_path / "cut")
   (cut / "finished.json").unlink()
   for name in ("model", "adapter", "checkpoints/step_00000004"):
     shutil.rmtree(cut / name)
   assert tiny.last_checkpoint(cut)["step"] == 2
-  loop = loop_of(tiny.loop(4, eval_every=2, checkpoint_every=2))
-  for folder in (cut, tmp_path / "again"):
-    _stage(sft, finished_run, folder, lora__dropout=0.2, train__loop=loop)
-    tiny.assert_bitwise(tiny.model_arrays(folder), tiny.model_arrays(sft_run))
-    tiny.assert_bitwise(
-        tiny.last_checkpoint(folder), tiny.last_checkpoint(sft_run)
-    )
+  return cut
+
+
+def _assert_same_run(found, wanted):
+  tiny.assert_bitwise(tiny.model_arrays(found), tiny.model_arrays(wanted))
+  tiny.assert_bitwise(
+      tiny.last_checkpoint(found), tiny.last_checkpoint(wanted)
+  )
+  for name in ("metrics.jsonl", "samples.jsonl"):
+    assert (found / name).read_bytes() == (wanted / name).read_bytes()
 
 
 def test_another_base_in_place_is_noticed(sft_run, finished_run, tmp_path):
@@ -239,6 +265,43 @@ def test_ppo_with_other_value_networks_and_devices(
   assert row["ppo/value"] == 0 and row["ppo/first_ratio_gap"] < 1e-5
 
 
+def num_words(prompt, completion):
+  """A reward rule, so that no reward model's weights are there."""
+  del prompt
+  return float(len(completion.split()))
+
+
+def test_a_whole_ppo_stage_holds_one_embedding(
+    finished_run, tmp_path, monkeypatch
+):
+  found = []
+
+  def look(task, cfg, **_):
+    shape = (tiny.VOCAB_SIZE, 16)
+    task.evaluate(task.state)
+    task.state, _, _ = task.step(task.state, next(task.batches))
+    gc.collect()
+    alive = [x for x in jax.live_arrays() if id(x) not in others]
+    found.append({
+        x.unsafe_buffer_pointer()
+        for x in alive
+        if x.shape == shape and not x.is_deleted()
+    })
+    return task.state
+
+  monkeypatch.setattr(ppo.loop, "run_loop", look)
+  rule = dict(
+      reward_model="", reward_rule=f"{__name__}:num_words", value_init="zero"
+  )
+  gc.collect()
+  before = jax.live_arrays()  # kept, so that no id is given anew
+  others = {id(x) for x in before}
+  _stage(ppo, finished_run, tmp_path / "lora", **rule)
+  _stage(ppo, finished_run, tmp_path / "whole", **rule, lora__rank=0)
+  # Whole: the policy, the value network, two moments of each, the reference.
+  assert [len(x) for x in found] == [1, 7]
+
+
 def test_ppo_with_dropout_is_refused(finished_run):
   settings = tiny.stage("ppo", finished_run)
   settings.lora.update(LORA, dropout=0.1)
@@ -251,6 +314,18 @@ def test_ppo_with_dropout_is_refused(finished_run):
 def test_target_that_is_not_there_is_told(finished_run, tmp_path):
   with pytest.raises(ConfigError, match="lora.targets: 'q_proj' is none of"):
     _stage(sft, finished_run, tmp_path, lora__targets=("q_proj",))
+
+
+def test_adapter_that_is_not_there_is_missed_before_anything_runs(
+    finished_run, tmp_path
+):
+  settings = tiny.stage("sft", finished_run)
+  base = finished_run / "pretrain"  # has a config.json too
+  settings.init_from = f"peft:{tmp_path}:hf:{base}"
+  config = from_config(sft.Config, settings)
+  [problem] = preflight.problems("sft", config)
+  assert problem.startswith("sft.init_from: ")
+  assert "adapter_config.json': no such file" in problem
 
 
 # ---- Away, and back ----------------------------------------------------------

@@ -53,10 +53,14 @@ def _logits(model, variables, **more):
   return jax.jit(lambda v: model.apply(v, tokens, **more)[0])(variables)
 
 
-@pytest.mark.parametrize("variant", ["llama", "neox"])
+@pytest.mark.parametrize("variant", ["llama", "neox", "experts"])
 def test_adapter_equals_a_naive_w_plus_scale_a_b(variant):
   model, base = small.small_language_model(**small.VARIANTS[variant])
-  adapter = _random_adapter(base)
+  config = CONFIG
+  if variant == "experts":  # and the router: they have none
+    config = dataclasses.replace(CONFIG, targets=("all-linear",))
+    assert len(lora.target_names(config, base)) == 4
+  adapter = _random_adapter(base, config)
   expected = _logits(model, {"params": _naive_merge(base, adapter, CONFIG)})
   found = _logits(model, lora.variables(_adapted(base, adapter)))
   plain = _logits(model, {"params": base})

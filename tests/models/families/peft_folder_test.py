@@ -15,7 +15,13 @@ import numpy as np
 import pytest
 
 from rlhf_jax.models import lora
-from rlhf_jax.models.families import huggingface, peft_folder, tensor_files
+from rlhf_jax.models.families import (
+    huggingface,
+    peft_export,
+    peft_folder,
+    peft_modules,
+    tensor_files,
+)
 from rlhf_jax.models.families.hf_config import FamilyError
 from rlhf_jax.models.families.tensor_files import TensorFileError
 from rlhf_jax.models.heads import LanguageModel
@@ -81,7 +87,7 @@ def test_logits_are_those_of_peft_golden(name):
 def test_import_of_an_export_is_bitwise_the_same(name, tmp_path):
   base, config, adapter = _load(peft_adapters.GOLDEN / name, name)
   family = hf_models.MODELS[peft_adapters.ADAPTERS[name][0]][0]
-  peft_folder.save_adapter(
+  peft_export.save_adapter(
       tmp_path, config, adapter, family=family, base=base.params
   )
   again_config, again = peft_folder.load_adapter(
@@ -91,7 +97,7 @@ def test_import_of_an_export_is_bitwise_the_same(name, tmp_path):
   jax.tree.map(np.testing.assert_array_equal, again, adapter)
   # What was fused there is one A again, and nothing grew.
   sizes = [
-      tensor_files.TensorReader(folder, peft_folder.TENSOR_FILE)
+      tensor_files.TensorReader(folder, peft_modules.TENSOR_FILE)
       for folder in (tmp_path, peft_adapters.GOLDEN / name)
   ]
   assert {x: sizes[0].shape(x) for x in sizes[0].names()} == {
@@ -159,7 +165,7 @@ def test_ours_gives_the_same_logits_under_peft(
   )
   adapter = _random_adapter(base, config)
   family = hf_models.MODELS[model_name][0]
-  peft_folder.save_adapter(
+  peft_export.save_adapter(
       tmp_path, config, adapter, family=family, base=base.params
   )
   model = peft.PeftModel.from_pretrained(
@@ -187,7 +193,7 @@ def test_old_and_half_precision_adapters_are_read(tmp_path):
   model = peft_adapters.make_peft("llama")
   model.to(torch.bfloat16).save_pretrained(tmp_path)
   # As published years ago: fewer fields.
-  path = tmp_path / peft_folder.CONFIG_FILE
+  path = tmp_path / peft_modules.CONFIG_FILE
   old = "r lora_alpha target_modules peft_type bias fan_in_fan_out".split()
   fields = json.loads(path.read_text())
   path.write_text(json.dumps({name: fields[name] for name in old}))
@@ -267,23 +273,27 @@ def folder(tmp_path):
         ({"target_modules": ["nosuch"]}, "'nosuch'.*matches no projection"),
         ({"target_modules": r".*layers\.0\..*q_proj"}, "some layers only"),
         ({"r": 0}, "0 is no rank"),
+        ({"rank_pattern": {"q_proj": 2.5}}, "2.5 is no rank"),
+        ({"lora_alpha": "much"}, "config.json: could not convert .*'much'"),
+        ({"target_modules": "("}, "config.json: missing \\)"),
+        ({"lora_dropout": 2.0}, "dropout=2.0 must be in"),
     ],
 )
 def test_what_a_config_asks_for_and_is_not_there_is_named(
     folder, changes, message
 ):
-  path = folder / peft_folder.CONFIG_FILE
+  path = folder / peft_modules.CONFIG_FILE
   path.write_text(json.dumps(json.loads(path.read_text()) | changes))
   with pytest.raises(FamilyError, match=message):
     _load(folder, "llama")
 
 
 def _rewrite(folder, change):
-  reader = tensor_files.TensorReader(folder, peft_folder.TENSOR_FILE)
+  reader = tensor_files.TensorReader(folder, peft_modules.TENSOR_FILE)
   arrays = {name: reader.read(name) for name in reader.names()}
   change(arrays)
   tensor_files.write_file(
-      folder / peft_folder.TENSOR_FILE,
+      folder / peft_modules.TENSOR_FILE,
       [
           tensor_files.TensorSource(name, x.shape, x.dtype, lambda x=x: x)
           for name, x in arrays.items()
@@ -321,7 +331,7 @@ def test_tensors_that_do_not_fit_are_named(folder, change, message):
 def test_folder_without_its_files_is_told(tmp_path, folder):
   with pytest.raises(FamilyError, match="adapter_config.json: No such file"):
     _load(tmp_path, "llama")
-  (folder / peft_folder.TENSOR_FILE).unlink()
+  (folder / peft_modules.TENSOR_FILE).unlink()
   with pytest.raises(TensorFileError, match="adapter_model.safetensors: is mi"):
     _load(folder, "llama")
 
@@ -331,12 +341,12 @@ def test_family_that_has_no_such_projection_is_told(tmp_path):
   config = lora.LoraConfig(rank=1, alpha=1.0, targets=("feed_forward/gate",))
   adapter = lora.init(jax.random.key(0), config, base.params)
   with pytest.raises(FamilyError, match="gpt2 has no module.*feed_forward/ga"):
-    peft_folder.save_adapter(
+    peft_export.save_adapter(
         tmp_path, config, adapter, family="gpt2", base=base.params
     )
   other = dataclasses.replace(config, targets=("attention/query",))
   adapter = lora.init(jax.random.key(0), other, base.params)
   with pytest.raises(FamilyError, match="'nosuch' is none of"):
-    peft_folder.save_adapter(
+    peft_export.save_adapter(
         tmp_path, config, adapter, family="nosuch", base=base.params
     )

@@ -6,7 +6,7 @@ from rlhf_jax.models.families.hf_config import Fields
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
-ARCHITECTURE = "GPT2"
+ARCHITECTURES = ("GPT2",)
 PREFIX = "transformer."
 HEAD = "lm_head"
 BUFFERS = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)

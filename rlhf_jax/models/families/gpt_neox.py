@@ -6,7 +6,7 @@ from rlhf_jax.models.families.hf_config import Fields, read_rope, write_rope
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
-ARCHITECTURE = "GPTNeoX"
+ARCHITECTURES = ("GPTNeoX",)
 PREFIX = "gpt_neox."
 HEAD = "embed_out"
 BUFFERS = (

@@ -9,7 +9,7 @@ from rlhf_jax.models.families.hf_config import Fields
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
-ARCHITECTURE = "OPT"
+ARCHITECTURES = ("OPT",)
 PREFIX = "model."
 HEAD = "lm_head"
 BUFFERS = ()

@@ -20,7 +20,7 @@ import numpy as np
 
 MAX_FILE_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000  # as the format's own library has it
-_PIECE_BYTES = 2**22  # a multiple of every item's size
+_PIECE_BYTES = 2**20  # a multiple of every item's size
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")

@@ -155,7 +155,7 @@ def _read_row(
   shardings = {path: place(path, shape) for path, shape in whole.items()}
   if not num:
     parts = zip(whole, read(row.name, each), strict=True)
-    return {path: jax.device_put(x, shardings[path]) for path, x in parts}
+    return {path: _put(part, shardings[path]) for path, part in parts}
   stacked = {
       path: jnp.zeros(shape, dtype, device=shardings[path])
       for path, shape in whole.items()
@@ -163,10 +163,15 @@ def _read_row(
   for index in np.ndindex(*shapes[row.paths[0]][:num]):
     parts = zip(whole, read(row.name.format(*index), each), strict=True)
     for path, part in parts:
-      part = jax.device_put(part, _of_a_part(shardings[path], num))
+      part = _put(part, _of_a_part(shardings[path], num))
       stacked[path] = _set_part(stacked[path], part, index)
     del part, parts  # before the next is read
   return stacked
+
+
+def _put(x: np.ndarray, sharding: Any) -> jax.Array:
+  # A copy, and a finished one: the host's array is needed no longer.
+  return jax.device_put(x, sharding, may_alias=False).block_until_ready()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

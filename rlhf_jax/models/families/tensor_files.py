@@ -20,6 +20,7 @@ import numpy as np
 
 MAX_FILE_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000  # as the format's own library has it
+_PIECE_BYTES = 2**20  # a multiple of every item's size
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
@@ -82,17 +83,39 @@ class TensorReader:
   def shape(self, name: str) -> tuple[int, ...]:
     return self._entries[name].shape
 
-  def read(self, name: str) -> np.ndarray:
-    """One tensor, a copy of its bytes; read-only."""
+  def dtype(self, name: str) -> np.dtype:
+    return self._entries[name].dtype
+
+  def read(self, name: str, dtype: str | None = None) -> np.ndarray:
+    """One tensor, converted to `dtype` piece by piece while it is read."""
     entry = self._entries[name]
+    out = np.empty(entry.shape, entry.dtype if dtype is None else dtype)
+    flat, start = out.reshape(-1), 0
+    for piece in self._pieces(entry, name):
+      flat[start : start + piece.size] = piece
+      start += piece.size
+    return out
+
+  def are_equal(self, name: str, other: str) -> bool:
+    """Whether two tensors have the same shape and values."""
+    mine, its = self._entries[name], self._entries[other]
+    pairs = zip(self._pieces(mine, name), self._pieces(its, other))
+    return mine.shape == its.shape and all(
+        np.array_equal(a, b) for a, b in pairs
+    )
+
+  def _pieces(self, entry: _Entry, name: str) -> Iterator[np.ndarray]:
     with entry.file.open("rb") as stream:
       stream.seek(entry.start)
-      data = stream.read(entry.end - entry.start)
-    if len(data) != entry.end - entry.start:
-      raise TensorFileError(
-          f"{entry.file}: tensor {name}: the file changed while it was read"
-      )
-    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+      left = entry.end - entry.start
+      while left:
+        data = stream.read(min(left, _PIECE_BYTES))
+        left -= len(data)
+        if len(data) % entry.dtype.itemsize or (left and not data):
+          raise TensorFileError(
+              f"{entry.file}: tensor {name}: the file changed while it was read"
+          )
+        yield np.frombuffer(data, entry.dtype)
 
 
 def _files(folder: epath.Path, file_name: str | None) -> list[epath.Path]:
@@ -243,5 +266,7 @@ def write_file(path: epath.Path, tensors: list[TensorSource]) -> None:
     for tensor in tensors:
       array = np.asarray(tensor.make(), order="C")
       assert array.shape == tensor.shape and array.dtype == tensor.dtype
-      stream.write(array.tobytes())
+      # Its own bytes, not a copy of them.
+      stream.write(array.reshape(-1).view(np.uint8).data)
+      del array
   temporary.replace(path)

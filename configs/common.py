@@ -116,6 +116,37 @@ def assistant_samples() -> ConfigDict:
   return samples(max_prompt_length=20, max_completion_length=32)
 
 
+def compute(**changes) -> ConfigDict:
+  """Models as they were saved, every layer's activations kept."""
+  cfg = ConfigDict(
+      dict(
+          dtype="",
+          param_dtype="",
+          remat=False,
+          scan_unroll=0,
+          head_chunk_size=128,
+          attention_backend="auto",
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
+def lora(rank: int = 0, **changes) -> ConfigDict:
+  """An adapter of that rank on frozen weights; 0 trains the weights."""
+  cfg = ConfigDict(
+      dict(
+          rank=rank,
+          alpha=16.0,
+          targets=("all-linear",),
+          dropout=0.0,
+          rank_stabilized=False,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
 def language_model_training(
     num_steps: int, learning_rate: float, warmup_steps: int, **changes
 ) -> ConfigDict:
@@ -159,23 +190,34 @@ def llama_like(
           max_length=128,
           position="rotary",
           norm="rmsnorm",
+          norm_placement="pre",
+          norm_from_one=False,
           activation="swiglu",
           attention_bias="none",
           feed_forward_bias=False,
           norm_bias=False,
           qk_norm="none",
+          query_scale_dim=0,
+          attention_softcap=0.0,
+          logit_softcap=0.0,
           parallel_residual=False,
           tie_head=True,
+          scale_embedding=False,
           norm_epsilon=1e-5,
           rope_theta=10_000.0,
           rotary_fraction=1.0,
           rope_scaling=None,
           sliding_window=0,
+          full_attention_layers=(),
+          local_rope_theta=0.0,
+          num_experts=0,
+          experts_per_token=0,
           dtype="float32",
           param_dtype="float32",
           remat=False,
           scan_unroll=1,
           head_chunk_size=128,
+          attention_backend="auto",
       )
   )
   cfg.update(changes)

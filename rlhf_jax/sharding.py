@@ -6,8 +6,6 @@ over all devices: the counts that losses divide by are counts of the whole
 batch, so 1 device equals 8.
 """
 
-from collections.abc import Callable
-import functools
 from typing import Any
 
 import jax
@@ -32,17 +30,6 @@ def make_mesh(num_devices: int = -1) -> Mesh:
         f"{devices[0].device_kind!r} are there"
     )
   return Mesh(np.asarray(devices[:num_devices]), (DATA_AXIS,))
-
-
-def under_mesh(mesh: Mesh, fn: Callable[..., Any]) -> Callable[..., Any]:
-  """`fn`, called with the mesh in jax's context, where kernels look for it."""
-
-  @functools.wraps(fn)
-  def call(*args, **kwargs):
-    with jax.set_mesh(mesh):
-      return fn(*args, **kwargs)
-
-  return call
 
 
 def replicate(tree: Any, mesh: Mesh) -> Any:

@@ -19,6 +19,7 @@ from experiments.harness import config as config_lib
 from experiments.harness import loop
 from rlhf_jax import checkpoint
 from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
+from rlhf_jax.models import lora
 from rlhf_jax.models.families import hf_config, tensor_files
 from rlhf_jax.rewards import episodes
 
@@ -40,6 +41,7 @@ _EXPECTED = (
     episodes.RuleError,
     tokenizer.TokenizerError,
     hf_config.FamilyError,
+    lora.LoraError,
     tensor_files.TensorFileError,
     loop.NonFiniteError,
     OSError,  # Files and folders that are not there, or not ours to use.

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import (
+  adapters,
   checks,
   evaluator,
   loop,
@@ -26,11 +27,13 @@ from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import sft
 
 _METRIC_PREFIX = "sft/"
+NO_ADAPTER = LoraConfig(rank=0, alpha=1.0, targets=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,10 +102,14 @@ def train(
     cfg: LanguageModelConfig,
     policy: models.Policy,
     examples: dict[str, list[packing.Example]],
+    adapter: LoraConfig = NO_ADAPTER,
 ) -> models.Policy:
   """Trains `policy` on examples['train'], evaluates on examples['heldout'].
 
   Saves the result in the stage's folder and marks the stage as finished.
+
+  Args:
+    adapter: trained on the policy instead of the policy, if its rank is not 0.
   """
   _check_fits(cfg, policy)
   tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.num_devices)
@@ -120,13 +127,17 @@ def train(
   tx = optim.make_optimizer(cfg.optimizer, cfg.loop.num_steps)
   model = functions.make_language_model(policy.config)
   update = jax.jit(sft.make_sft_update(model, tx), donate_argnums=0)
-  state = create_train_state(
-      sharding.replicate(policy.params, mesh), tx, jax.random.key(cfg.seed)
-  )
+  params = sharding.replicate(policy.params, mesh)
+  rng = jax.random.key(cfg.seed)
+  frozen = sharding.replicate(adapters.freeze(adapter, params), mesh)
+  if frozen:
+    rng, rng_adapter = jax.random.split(rng)
+    params = adapters.init(adapter, params, rng_adapter)
+  state = create_train_state(sharding.replicate(params, mesh), tx, rng)
 
   def step(state, batch):
     batch = sharding.shard_rows(batch, mesh)
-    state, metrics = update(state, batch, cfg.sft)
+    state, metrics = update(state, batch, cfg.sft, frozen)
     return state, _renamed(metrics, name), batch
 
   prompts = sources.Reader(cfg.seed, out.dir / "skipped", tokenizer).prompts(
@@ -153,18 +164,24 @@ def train(
           )
       ),
       evaluate=lambda state: (
-          heldout_loss(state.params),
-          sampler.rows(state.params),
+          heldout_loss(frozen | state.params),
+          sampler.rows(frozen | state.params),
       ),
       skipped_steps=lambda state: state.skipped_steps,
-      inputs={"training data": rows, "held-out data": heldout},
+      inputs={
+          "training data": rows,
+          "held-out data": heldout,
+          **adapters.inputs(frozen),
+      },
   )
   state = loop.run_loop(
       task, cfg.loop, workdir=str(out.dir), config=out.config
   )
-  trained = dataclasses.replace(policy, params=jax.device_get(state.params))
+  params = adapters.merged(adapter, frozen, state.params)
+  trained = dataclasses.replace(policy, params=jax.device_get(params))
+  adapters.save(out.dir, adapter, frozen, state.params)
   models.save_policy(out.dir, trained)
-  out.finish(heldout_loss(state.params))
+  out.finish(heldout_loss(frozen | state.params))
   return trained
 
 

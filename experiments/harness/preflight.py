@@ -69,6 +69,9 @@ def _check_place(place: str) -> None:
   if place.startswith(models.LLAMA2C):
     for path in place.removeprefix(models.LLAMA2C).partition(":")[::2]:
       _check_file(path)
+  elif match := models.PEFT.fullmatch(place):
+    _check_file(f"{match[1]}/adapter_config.json")
+    _check_place(match[2])
   elif place.startswith(models.HUGGING_FACE):
     folder = place.removeprefix(models.HUGGING_FACE)
     _check_file(f"{folder}/config.json")

@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rlhf_jax.generation import sampling
 from rlhf_jax.losses import language_modeling
+from rlhf_jax.models import lora
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import Cache, init_cache
 from rlhf_jax.types import Rollout, pytree_dataclass, static
@@ -83,7 +84,7 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
   The returned function is pure; jit it. Its arguments:
-    params: of the LanguageModel.
+    params: of the LanguageModel; also a base with an adapter.
     prompts, prompt_mask: [B, P], left-padded.
     rng: one key.
     cfg: SamplingConfig; its static fields fix the program.
@@ -112,7 +113,7 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
     # The last token drawn is never fed back, so it needs no slot.
     length = p + max(cfg.max_new_tokens - 1, 1)
     cache = init_cache(model.config, b, length)
-    variables = {"params": params}
+    variables = lora.variables(params)
     logits, cache = model.apply(
         variables, prompts, prompt_mask, cache, last=1
     )

@@ -178,11 +178,21 @@ def past_mask(
   return mask[:, None] & near
 
 
+def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
+  """cap * tanh(x / cap), which stays within -cap..cap; x where cap is 0.
+
+  Reference: Gemma 2, arXiv 2408.00118, section 2.
+  """
+  return cap * jnp.tanh(x / cap) if cap else x
+
+
 def attend(
     query: Float[Array, "B H N K"],
     keys: Sequence[Float[Array, "B J _ K"]],
     values: Sequence[Float[Array, "B J _ K"]],
     masks: Sequence[Bool[Array, "B _ _"]],
+    scale: float,
+    cap: float = 0.0,
 ) -> Float[Array, "B H N K"]:
   """Softmax attention over all banks together; scores and softmax in float32.
 
@@ -190,14 +200,18 @@ def attend(
     query: H = G * J heads; heads j * G ... j * G + G - 1 share key head j.
     keys, values: one array a bank, each with its own number of keys.
     masks: one a bank, [B, N or 1, S]; True where the query may see the key.
+    scale: of the queries.
+    cap: of the scores, see `softcap`.
   """
   b, h, n, k = query.shape
   j = keys[0].shape[1]
-  grouped = (query * jnp.asarray(k**-0.5, query.dtype)).reshape(
+  grouped = (query * jnp.asarray(scale, query.dtype)).reshape(
       b, j, h // j, n, k
   )
   scores = [
-      jnp.where(mask[:, None, None], _scores(grouped, key), MASKED_SCORE)
+      jnp.where(
+          mask[:, None, None], softcap(_scores(grouped, key), cap), MASKED_SCORE
+      )
       for key, mask in zip(keys, masks, strict=True)
   ]
   if len(scores) == 1:

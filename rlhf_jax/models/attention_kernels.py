@@ -31,12 +31,7 @@ _LANES = 128
 
 
 def choose_backend(
-    wanted: str,
-    *,
-    dtype: str,
-    head_dim: int,
-    softcap: float,
-    platform: str | None = None,
+    wanted: str, *, dtype: str, head_dim: int, softcap: float, platform: str
 ) -> Backend:
   """The backend for `wanted`, which may be 'auto'.
 
@@ -45,16 +40,15 @@ def choose_backend(
   Args:
     wanted: auto, xla, cudnn or splash.
     dtype, head_dim, softcap: of the model.
-    platform: cpu, gpu or tpu; None is where jax runs.
+    platform: cpu, gpu or tpu; see `platform_of`.
 
   Raises:
     ValueError: if `wanted` cannot do this; says why.
   """
-  platform = platform or jax.default_backend()
   refusals = {
       "xla": "",
       "cudnn": _refusal_of_cudnn(dtype, head_dim, softcap),
-      "splash": _refusal_of_splash(),
+      "splash": "",
   }
   for name, needed in _PLATFORM.items():
     if platform != needed:
@@ -70,22 +64,22 @@ def choose_backend(
   return wanted
 
 
+def platform_of(x: Array) -> str:
+  """Where a (traced) array will be computed.
+
+  It need not be where jax runs: programs are compiled for machines that are
+  not there, too.
+  """
+  mesh = jax.typeof(x).sharding.mesh
+  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+
+
 def _refusal_of_cudnn(dtype: str, head_dim: int, softcap: float) -> str:
   if dtype != "bfloat16":
     return f"it computes in bfloat16, and the model's dtype is {dtype}"
   if head_dim % 8 or head_dim > 128:
     return f"head_dim={head_dim} is not a multiple of 8 up to 128"
   return "it has no attention_softcap" if softcap else ""
-
-
-def _refusal_of_splash() -> str:
-  # XLA does not split a kernel over devices; `shard_map` does, over a mesh.
-  if jax.device_count() > 1 and jax.sharding.get_abstract_mesh().empty:
-    return (
-        "over several devices it needs their mesh in the context "
-        "(sharding.under_mesh)"
-    )
-  return ""
 
 
 def attend(
@@ -121,7 +115,7 @@ def attend(
       window=window,
       scale=scale,
       softcap=softcap,
-      interpret=jax.default_backend() != "tpu",
+      interpret=platform_of(query) != "tpu",
   )
 
 
@@ -167,10 +161,11 @@ def splash(
     softcap: float,
     interpret: bool = False,
 ) -> Float[Array, "B H N K"]:
-  """The splash kernel, on each device's own rows where a mesh is in context.
+  """The splash kernel, on each device's own rows.
 
   interpret: run it as plain operations, on any platform and slowly.
   """
+  mesh = jax.typeof(query).sharding.mesh
   length = query.shape[2]
   query = query * jnp.asarray(scale, query.dtype)
   arrays = _fill_up(query, key, value, segment_ids, multiple=_LANES)
@@ -180,12 +175,13 @@ def splash(
     segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
     return jax.vmap(kernel)(query, key, value, segments)
 
-  mesh = jax.sharding.get_abstract_mesh()
   if not mesh.empty:
-    rows = PartitionSpec(mesh.axis_names)
-    # The kernel says nothing of how its result varies over the mesh.
+    # XLA does not split a kernel over devices. Rows that do not divide, of an
+    # evaluation say, are computed on all of them.
+    is_split = query.shape[0] % mesh.size == 0
+    rows = PartitionSpec(mesh.axis_names if is_split else None)
     own_rows = jax.shard_map(
-        own_rows, in_specs=rows, out_specs=rows, check_vma=False
+        own_rows, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
     )
   return own_rows(*arrays)[:, :, :length]
 

@@ -1,7 +1,8 @@
 """Models as plain functions of params, as the updates take them.
 
 `segment_ids` is an attention mask (1 real, 0 padding) or the segment ids of
-packed documents.
+packed documents. Params may be plain, or a base with an adapter: see
+`models/lora.py`.
 """
 
 from collections.abc import Callable
@@ -12,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, lora
 from rlhf_jax.models.transformer import TransformerConfig
 
 
@@ -54,11 +55,16 @@ def make_language_model(config: TransformerConfig) -> LanguageModelFns:
 
   def hidden(params, tokens, segment_ids, last=None):
     return model.apply(
-        {"params": params}, tokens, segment_ids, last=last, method="hidden"
+        lora.variables(params),
+        tokens,
+        segment_ids,
+        last=last,
+        method="hidden",
     )[0]
 
   def logits(params, hidden):
-    return model.apply({"params": params}, hidden, method="logits")
+    weights = lora.weights_of(params)
+    return model.apply({"params": weights}, hidden, method="logits")
 
   return LanguageModelFns(hidden, logits, config.head_chunk_size)
 
@@ -77,12 +83,33 @@ def make_logits_fn(config: TransformerConfig):
   return logits_fn
 
 
+def make_router_fn(config: TransformerConfig):
+  """(params, tokens [B, T], segment_ids [B, T]) -> (logits, router_probs).
+
+  router_probs [L, B, T, E] of a language model with a mixture of experts, for
+  `losses.load_balancing`.
+  """
+  model = heads.LanguageModel(config)
+
+  def router_fn(params, tokens, segment_ids):
+    (logits, _), sown = model.apply(
+        lora.variables(params),
+        tokens,
+        segment_ids,
+        mutable=["intermediates"],
+    )
+    layers = sown["intermediates"]["trunk"]["layers"]
+    return logits, layers["feed_forward"]["router_probs"][0]
+
+  return router_fn
+
+
 def make_score_fn(config: TransformerConfig):
   """(params, tokens [N, T], attention_mask [N, T]) -> score [N]."""
   model = heads.ScalarModel(config)
 
   def score_fn(params, tokens, attention_mask):
-    scalars = model.apply({"params": params}, tokens, attention_mask)
+    scalars = model.apply(lora.variables(params), tokens, attention_mask)
     return heads.sequence_scores(scalars, attention_mask)
 
   return score_fn
@@ -95,24 +122,32 @@ def make_policy_value(
 
   params is {'policy': language-model params, 'value': value params}, where the
   value params are those of a whole ScalarModel of `value_config`, or, if that
-  is None, of a scalar head that reads the policy's own trunk.
+  is None, of a scalar head that reads the policy's own trunk. What else is in
+  params belongs to both: a base that each has its own adapter on.
   """
   policy = make_language_model(policy_config)
   value = heads.ScalarModel(value_config) if value_config else None
   shared_head = heads.ScalarHead(policy_config)
 
   def hidden_and_values(params, tokens, segment_ids, last):
-    hidden = policy.hidden(params["policy"], tokens, segment_ids, last)
-    variables = {"params": params["value"]}
+    hidden = policy.hidden(_of(params, "policy"), tokens, segment_ids, last)
     if value is None:
+      variables = {"params": params["value"]}
       return hidden, shared_head.apply(variables, hidden)
+    variables = lora.variables(_of(params, "value"))
     return hidden, value.apply(variables, tokens, segment_ids, last=last)
 
   return PolicyValueFns(
       hidden_and_values,
-      lambda params, hidden: policy.logits(params["policy"], hidden),
+      lambda params, hidden: policy.logits(_of(params, "policy"), hidden),
       policy.chunk_size,
   )
+
+
+def _of(params: dict[str, Any], name: str) -> dict[str, Any]:
+  """One model's params, with what it shares."""
+  shared = {k: v for k, v in params.items() if k not in ("policy", "value")}
+  return shared | params[name]
 
 
 def init_language_model(rng: jax.Array, config: TransformerConfig):

@@ -16,8 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from rlhf_jax.losses import masking
-from rlhf_jax.models import transformer
-from rlhf_jax.models.transformer import Cache, TransformerConfig
+from rlhf_jax.models import attention, transformer
+from rlhf_jax.models.layers import INIT_STDDEV
+from rlhf_jax.models.transformer import Cache
+from rlhf_jax.models.transformer_config import TransformerConfig
 
 
 class LanguageModel(nn.Module):
@@ -75,16 +77,17 @@ class VocabularyHead(nn.Module):
     cfg = self.config
     kernel = self.param(
         "kernel",
-        nn.initializers.normal(transformer.INIT_STDDEV),
+        nn.initializers.normal(INIT_STDDEV),
         (cfg.width, cfg.vocab_size),
         cfg.param_dtype,
     )
-    return jnp.einsum(
+    logits = jnp.einsum(
         "bnd,dv->bnv",
         hidden,
         kernel.astype(cfg.dtype),
         preferred_element_type=jnp.float32,
     )
+    return attention.softcap(logits, cfg.logit_softcap)
 
 
 class ScalarModel(nn.Module):

@@ -3,144 +3,46 @@
     tokens -> embedding (+ learned positions) -> L x block -> final norm
     block:  x + attention(norm(x));  x + feed_forward(norm(x))
     parallel_residual:  x + attention(norm(x)) + feed_forward(norm(x))
+    norm_placement 'post': x + norm(attention(x)); 'pre_and_post': both
 
-`families/` says which features make which published model.
+`transformer_config.py` has the features, `families/` says which of them make
+which published model.
 
 Parameters (each under `layers` has a leading axis L, because the layers are
 one scan):
 
     token_embedding [V, D]                 position_embedding [max_length, D]
-    layers/attention_norm/scale            layers/feed_forward_norm/scale
+    layers/attention_norm/scale            layers/attention_post_norm/scale
     layers/attention/{query,key,value}/kernel [D, heads, K]   out [H, K, D]
     layers/attention/{query,key}_norm/scale [K] or [heads * K]  (qk_norm)
+    layers/feed_forward_norm/scale         layers/feed_forward_post_norm/scale
     layers/feed_forward/{gate,up}/kernel [D, F]               down [F, D]
+    layers/feed_forward/router/kernel [D, E], and experts/{gate,up,down} with a
+      leading axis E, of a mixture of experts
     final_norm/scale
 
 Norms and softmax run in float32 whatever the compute dtype. There is no
-dropout: a policy's log-probabilities must be a function of its parameters.
+dropout: a policy's log-probabilities must be a function of its parameters. A
+projection adds what an adapter has for it, see `lora.py`.
 """
 
-import dataclasses
 import functools
-import math
-from typing import Literal
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
+import numpy as np
 
 from rlhf_jax.models import attention
+from rlhf_jax.models.attention_layer import Attention
+from rlhf_jax.models.feed_forward import FeedForward, MixtureOfExperts
+from rlhf_jax.models.layers import INIT_STDDEV, Norm
+from rlhf_jax.models.transformer_config import TransformerConfig
 from rlhf_jax.types import pytree_dataclass, static
 
 segment_positions = attention.segment_positions
-
-INIT_STDDEV = 0.02
-_CHOICES = {
-    "position": ("rotary", "learned"),
-    "norm": ("rmsnorm", "layernorm"),
-    "activation": ("swiglu", "gelu", "gelu_exact", "relu"),
-    "attention_bias": ("none", "qkv", "all"),
-    "qk_norm": ("none", "head"),
-    "dtype": ("float32", "bfloat16"),
-    "param_dtype": ("float32", "bfloat16"),
-}
-_POSITIVE = (
-    "vocab_size num_layers width num_heads num_kv_heads head_dim ff_dim "
-    "max_length scan_unroll head_chunk_size norm_epsilon rope_theta "
-    "rotary_fraction"
-).split()
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-  """The shape of a decoder; hashable, so that it can be static under jit.
-
-  num_kv_heads: fewer than num_heads is grouped-query attention.
-  head_dim: need not be width / num_heads.
-  max_length: longest row, and the rows of the learned position table.
-  activation: 'swiglu' has a gate; 'gelu' is the tanh approximation, as in
-    GPT-2; 'gelu_exact' the one with erf.
-  attention_bias: on no projection, on query, key and value, or on out too.
-  norm_bias: of layernorm.
-  qk_norm: 'head' norms each head's query and key over its width before they are
-    rotated (Qwen3).
-  parallel_residual: attention and feed-forward read the same x (GPT-NeoX).
-  rotary_fraction: share of a head's width that is rotated, from its start.
-  rope_scaling: how frequencies are changed for longer texts.
-  sliding_window: a token sees so many, itself included; 0 is all before it.
-  dtype: of activations and matmuls; param_dtype: of the stored parameters
-    (training keeps float32; in bfloat16 small steps round away).
-  remat: recompute each layer in the backward pass instead of storing it.
-  scan_unroll: layers a scan iteration; more is faster to run on CPU and slower
-    to compile.
-  head_chunk_size: positions of a row whose logits exist at a time where a loss
-    measures them. Like remat and scan_unroll, it never changes a result.
-  """
-
-  vocab_size: int
-  num_layers: int
-  width: int
-  num_heads: int
-  num_kv_heads: int
-  head_dim: int
-  ff_dim: int
-  max_length: int
-  position: Literal["rotary", "learned"] = "rotary"
-  norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
-  activation: Literal["swiglu", "gelu", "gelu_exact", "relu"] = "swiglu"
-  attention_bias: Literal["none", "qkv", "all"] = "none"
-  feed_forward_bias: bool = False
-  norm_bias: bool = False
-  qk_norm: Literal["none", "head"] = "none"
-  parallel_residual: bool = False
-  tie_head: bool = True
-  norm_epsilon: float = 1e-5
-  rope_theta: float = 10000.0
-  rotary_fraction: float = 1.0
-  rope_scaling: attention.RopeScaling | None = None
-  sliding_window: int = 0
-  dtype: Literal["float32", "bfloat16"] = "float32"
-  param_dtype: Literal["float32", "bfloat16"] = "float32"
-  remat: bool = False
-  scan_unroll: int = 1
-  head_chunk_size: int = 128
-
-  def __post_init__(self):
-    for name in _POSITIVE:
-      if not 0 < getattr(self, name) < math.inf:
-        raise ValueError(f"{name} must be positive, got {getattr(self, name)}")
-    for name, choices in _CHOICES.items():
-      if getattr(self, name) not in choices:
-        raise ValueError(
-            f"{name} must be one of {', '.join(choices)}, got "
-            f"{getattr(self, name)!r}"
-        )
-    if self.num_heads % self.num_kv_heads:
-      raise ValueError(
-          f"num_heads={self.num_heads} must be a multiple of "
-          f"num_kv_heads={self.num_kv_heads}"
-      )
-    if self.position == "rotary" and self.rotary_dim % 2:
-      raise ValueError(
-          f"rotary_fraction={self.rotary_fraction} of head_dim={self.head_dim} "
-          "must be even with position='rotary'"
-      )
-    if self.rotary_fraction > 1 or self.sliding_window < 0:
-      raise ValueError(
-          f"rotary_fraction={self.rotary_fraction} must be at most 1, "
-          f"sliding_window={self.sliding_window} 0 or greater"
-      )
-    if self.num_layers % self.scan_unroll:
-      raise ValueError(
-          f"scan_unroll={self.scan_unroll} must divide "
-          f"num_layers={self.num_layers}"
-      )
-
-  @property
-  def rotary_dim(self) -> int:
-    """How many of a head's dimensions are rotated."""
-    return int(self.head_dim * self.rotary_fraction)
 
 
 @pytree_dataclass
@@ -186,148 +88,36 @@ def init_cache(
   )
 
 
-class Norm(nn.Module):
-  """Over the last axis, in float32."""
-
-  config: TransformerConfig
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    cfg = self.config
-    x = x.astype(jnp.float32)
-    if cfg.norm == "layernorm":
-      x = x - jnp.mean(x, axis=-1, keepdims=True)
-    mean_square = jnp.mean(jnp.square(x), axis=-1, keepdims=True)
-    x = x * jax.lax.rsqrt(mean_square + cfg.norm_epsilon)
-    width = x.shape[-1:]
-    lead = (None,) * (x.ndim - 1)
-    scale = self.param("scale", nn.initializers.ones, width, cfg.param_dtype)
-    x = x * scale.astype(jnp.float32)[lead]
-    if cfg.norm == "layernorm" and cfg.norm_bias:
-      bias = self.param("bias", nn.initializers.zeros, width, cfg.param_dtype)
-      x = x + bias.astype(jnp.float32)[lead]
-    return x.astype(cfg.dtype)
-
-
-class Projection(nn.Module):
-  """x times a kernel of any rank, the `num_in` leading kernel axes contracted.
-
-  It runs as one product of matrices: XLA's CPU backend otherwise lays out
-  transposed copies of the activations for each kernel's gradient.
-  """
-
-  config: TransformerConfig
-  shape: tuple[int, ...]
-  use_bias: bool
-  num_in: int = 1
-  stddev: float = INIT_STDDEV
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "..."]) -> Float[Array, "..."]:
-    cfg = self.config
-    init = nn.initializers.normal(self.stddev)
-    kernel = self.param("kernel", init, self.shape, cfg.param_dtype)
-    out_shape = self.shape[self.num_in :]
-    lead = x.shape[: x.ndim - self.num_in]
-    size_in = math.prod(self.shape[: self.num_in])
-    kernel = kernel.astype(cfg.dtype).reshape(size_in, -1)
-    out = (x.reshape(-1, size_in) @ kernel).reshape(*lead, *out_shape)
-    if not self.use_bias:
-      return out
-    zeros = nn.initializers.zeros
-    bias = self.param("bias", zeros, out_shape, cfg.param_dtype)
-    return out + bias.astype(cfg.dtype)[None, None]
-
-
-class Attention(nn.Module):
-  config: TransformerConfig
-  residual_stddev: float
-
-  @nn.compact
-  def __call__(self, x, shared, past):
-    """Returns (output, this call's keys and values [B, J, N, K]).
-
-    past: None without a cache, () with an empty one, else its (k, v).
-    """
-    cfg = self.config
-    kv_shape = (cfg.width, cfg.num_kv_heads, cfg.head_dim)
-    query_shape = (cfg.width, cfg.num_heads, cfg.head_dim)
-    has_bias = cfg.attention_bias != "none"
-    query = Projection(cfg, query_shape, has_bias, name="query")(x)
-    key = Projection(cfg, kv_shape, has_bias, name="key")(x)
-    value = Projection(cfg, kv_shape, has_bias, name="value")(x)
-    if cfg.qk_norm == "head":
-      query = Norm(cfg, name="query_norm")(query)
-      key = Norm(cfg, name="key_norm")(key)
-    if cfg.position == "rotary":
-      query = attention.apply_rotary(query, *shared["rotary"])
-      key = attention.apply_rotary(key, *shared["rotary"])
-    query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
-    keys, values, masks = [key], [value], [shared["mask"]]
-    if past:
-      keys.append(past[0])
-      values.append(past[1])
-      masks.append(shared["past_mask"])
-    out = attention.attend(query, keys, values, masks)
-    out = Projection(
-        cfg,
-        (cfg.num_heads, cfg.head_dim, cfg.width),
-        cfg.attention_bias == "all",
-        num_in=2,
-        stddev=self.residual_stddev,
-        name="out",
-    )(jnp.swapaxes(out, 1, 2))
-    return out, (key, value)
-
-
-class FeedForward(nn.Module):
-  config: TransformerConfig
-  residual_stddev: float
-
-  @nn.compact
-  def __call__(self, x: Float[Array, "B N D"]) -> Float[Array, "B N D"]:
-    cfg = self.config
-    has_bias = cfg.feed_forward_bias
-    wide = functools.partial(
-        Projection, cfg, (cfg.width, cfg.ff_dim), has_bias
-    )
-    up = wide(name="up")(x)
-    if cfg.activation == "swiglu":
-      up = jax.nn.silu(wide(name="gate")(x)) * up
-    else:
-      up = _ACTIVATIONS[cfg.activation](up)
-    down_shape = (cfg.ff_dim, cfg.width)
-    return Projection(
-        cfg, down_shape, has_bias, stddev=self.residual_stddev, name="down"
-    )(up)
-
-
-_ACTIVATIONS = {
-    "gelu": functools.partial(jax.nn.gelu, approximate=True),
-    "gelu_exact": functools.partial(jax.nn.gelu, approximate=False),
-    "relu": jax.nn.relu,
-}
-
-
 class Block(nn.Module):
-  """One layer, in the (carry, broadcast, scanned) form that nn.scan takes."""
+  """One layer, in the (carry, broadcast, scanned, ...) form of nn.scan."""
 
   config: TransformerConfig
 
   @nn.compact
-  def __call__(self, x, shared, past):
+  def __call__(self, x, sights, past, is_full):
+    """sights: one for all layers, or (of a full layer, of one with a window)
+    where `is_full` says which this is."""
     cfg = self.config
+    sight = sights[0]
+    if is_full is not None:
+      sight = jax.tree.map(lambda a, b: jnp.where(is_full, a, b), *sights)
     # GPT-2's rule: 2L residual additions keep the stream's variance.
     stddev = INIT_STDDEV / (2 * cfg.num_layers) ** 0.5
     out, new = Attention(cfg, stddev, name="attention")(
-        Norm(cfg, name="attention_norm")(x), shared, past
+        self._norm("pre", "attention_norm", x), sight, past, is_full
     )
-    attended = x + out
+    attended = x + self._norm("post", "attention_post_norm", out)
     middle = x if cfg.parallel_residual else attended
-    x = attended + FeedForward(cfg, stddev, name="feed_forward")(
-        Norm(cfg, name="feed_forward_norm")(middle)
+    feed_forward = MixtureOfExperts if cfg.num_experts else FeedForward
+    out = feed_forward(cfg, stddev, name="feed_forward")(
+        self._norm("pre", "feed_forward_norm", middle)
     )
+    x = attended + self._norm("post", "feed_forward_post_norm", out)
     return x, (None if past is None else new)
+
+  def _norm(self, place: str, name: str, x: Float[Array, "B N D"]):
+    has_norm = self.config.norm_placement in (place, "pre_and_post")
+    return Norm(self.config, name=name)(x) if has_norm else x
 
 
 class Transformer(nn.Module):
@@ -352,9 +142,9 @@ class Transformer(nn.Module):
     block = nn.remat(Block, prevent_cse=unrolled) if cfg.remat else Block
     self.layers = nn.scan(
         block,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, "adapter": 0, "intermediates": 0},
         split_rngs={"params": True},
-        in_axes=(nn.broadcast, 0),
+        in_axes=(nn.broadcast, 0, 0),
         out_axes=0,
         length=cfg.num_layers,
         unroll=cfg.scan_unroll,
@@ -386,23 +176,28 @@ class Transformer(nn.Module):
     if cache is not None:
       segment_ids = (segment_ids > 0).astype(jnp.int32)
     positions = _positions(segment_ids, cache)
-    window = self.config.sliding_window
-    shared = {"mask": attention.causal_mask(segment_ids, window)}
-    if self.config.position == "rotary":
-      shared["rotary"] = attention.rotary_tables(
-          positions,
-          self.config.rotary_dim,
-          self.config.rope_theta,
-          self.config.rope_scaling,
-      )
+    sights, is_full = self._sights(segment_ids, positions, cache)
+    past = None
+    if cache is not None:
+      past = () if cache.empty else (cache.k, cache.v)
     x = self.embed(tokens, segment_ids, positions)
-    if cache is None:
-      x, _ = self.layers(x, shared, None)
-      return self.final_norm(x), None
-    shared["past_mask"] = attention.past_mask(cache.mask, positions, window)
-    past = () if cache.empty else (cache.k, cache.v)
-    x, new = self.layers(x, shared, past)
-    return self.final_norm(x), _write(cache, new, segment_ids)
+    x, new = self.layers(x, sights, past, is_full)
+    if cache is not None:
+      cache = _write(cache, new, segment_ids)
+    return self.final_norm(x), cache
+
+  def _sights(self, segment_ids, positions, cache):
+    """What layers see: computed once for each kind, and which kind is where."""
+    cfg = self.config
+    seen = functools.partial(_sight, cfg, segment_ids, positions, cache)
+    rope = local_rope = (cfg.rope_theta, cfg.rope_scaling)
+    if cfg.local_rope_theta:
+      local_rope = (cfg.local_rope_theta, None)
+    near = seen(cfg.sliding_window, *local_rope)
+    if not cfg.full_attention_layers:
+      return (near,), None
+    is_full = np.isin(np.arange(cfg.num_layers), cfg.full_attention_layers)
+    return (seen(0, *rope), near), jnp.asarray(is_full)
 
   def embed(
       self,
@@ -413,18 +208,48 @@ class Transformer(nn.Module):
     dtype = self.config.dtype
     ids = jnp.where(segment_ids > 0, tokens, 0)
     x = _rows(self.token_embedding, ids).astype(dtype)
+    if self.config.scale_embedding:
+      x = x * jnp.asarray(self.config.width**0.5, dtype)
     if self.config.position == "learned":
       x = x + _rows(self.position_embedding, positions).astype(dtype)
     return x
 
   def tied_logits(self, hidden: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
     """Logits in float32 with the token embedding as the head."""
-    return jnp.einsum(
+    logits = jnp.einsum(
         "bnd,vd->bnv",
         hidden,
         self.token_embedding.astype(self.config.dtype),
         preferred_element_type=jnp.float32,
     )
+    return attention.softcap(logits, self.config.logit_softcap)
+
+
+def _sight(
+    config: TransformerConfig,
+    segment_ids: Int[Array, "B N"],
+    positions: Int[Array, "B N"],
+    cache: Cache | None,
+    window: int,
+    theta: float,
+    scaling: attention.RopeScaling | None,
+) -> dict[str, Any]:
+  """Masks and rotations, which all layers of one kind share.
+
+  {"segment_ids", "mask", "past_mask" with a cache, "rotary": (sin, cos) if
+  rotary}
+  """
+  sight = {
+      "segment_ids": segment_ids,
+      "mask": attention.causal_mask(segment_ids, window),
+  }
+  if config.position == "rotary":
+    sight["rotary"] = attention.rotary_tables(
+        positions, config.rotary_dim, theta, scaling
+    )
+  if cache is not None:
+    sight["past_mask"] = attention.past_mask(cache.mask, positions, window)
+  return sight
 
 
 def _rows(table: Float[Array, "V D"], ids: Int[Array, "B N"]):

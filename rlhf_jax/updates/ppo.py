@@ -120,7 +120,11 @@ class PPOConfig:
 
 @pytree_dataclass
 class PPOState:
-  """train.params is {'policy', 'value'}; iteration counts rollouts."""
+  """train.params is {'policy', 'value'}; iteration counts rollouts.
+
+  Under adapters these are {'policy': {'adapter'}, 'value': {'adapter', 'head'}}
+  and one frozen base serves both, and the reference policy without any.
+  """
 
   train: TrainState
   kl_coef: Float[Array, ""]
@@ -348,14 +352,18 @@ def ptx_objective(
 def make_ppo_update(
     model: PolicyValueFns, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[PPOState, Metrics]]:
-  """Returns update(state, scored, ptx, cfg), `ptx` an LMBatch or None.
+  """Returns update(state, scored, ptx, cfg, frozen=None).
+
+  ptx: an LMBatch or None.
+  frozen: what the models take beside the params that are trained, a base under
+    adapters (`models/lora.py`).
 
   Raises (when traced):
     ValueError: if the rollout does not divide into the minibatches or these
       into the microbatches.
   """
 
-  def minibatch_step(train, minibatch, cfg):
+  def minibatch_step(train, minibatch, cfg, frozen):
     scored, ptx = minibatch
     num_tokens = scored.rollout.completion_mask.sum().astype(jnp.float32)
     num_targets = None
@@ -364,6 +372,7 @@ def make_ppo_update(
 
     def objective(params, microbatch):
       scored, ptx = microbatch
+      params = frozen | params
       loss, metrics = ppo_objective(
           params, scored, model, cfg, num_tokens
       )
@@ -379,14 +388,15 @@ def make_ppo_update(
     )
     return gradient.apply_gradients(train, grads, metrics, tx)
 
-  def update(state, scored, ptx, cfg):
+  def update(state, scored, ptx, cfg, frozen=None):
+    frozen = {} if frozen is None else frozen
     rng = jax.random.fold_in(iteration_rng(state), 1)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
 
     def one_minibatch(carry, xs):
       train, stopped = carry
-      run = lambda: minibatch_step(train, xs, cfg)
+      run = lambda: minibatch_step(train, xs, cfg, frozen)
       nothing = lambda: (
           train,
           jax.tree.map(

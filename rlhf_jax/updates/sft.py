@@ -81,18 +81,28 @@ def sft_objective(
 
 def make_sft_update(
     model: LanguageModelFns, tx: optax.GradientTransformation
-) -> Callable[[TrainState, LMBatch, SFTConfig], tuple[TrainState, Metrics]]:
-  """Returns the pure update; jit it with the state donated."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns update(state, batch, cfg, frozen=None); jit it, donate the state.
 
-  def update(state, batch, cfg):
+  frozen: what the model takes beside the params that are trained, a base under
+    an adapter (`models/lora.py`).
+  """
+
+  def update(state, batch, cfg, frozen=None):
+    frozen = {} if frozen is None else frozen
     # A batch without a target has a loss of 0, not of 0 / 0.
     num_targets = jnp.maximum(batch.loss_mask[:, 1:].sum(), 1)
 
-    def objective(params, microbatch):
-      return sft_objective(params, microbatch, model, cfg, num_targets)
+    rngs = gradient.dropout_rngs(frozen, state, batch.tokens.shape[:1])
+
+    def objective(params, part):
+      microbatch, rngs = part
+      return sft_objective(
+          frozen | params | rngs, microbatch, model, cfg, num_targets
+      )
 
     grads, metrics = gradient.accumulate_gradients(
-        objective, state.params, batch, cfg.num_microbatches
+        objective, state.params, (batch, rngs), cfg.num_microbatches
     )
     return gradient.apply_gradients(state, grads, metrics, tx)
 

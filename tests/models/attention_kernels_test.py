@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax import sharding
 from rlhf_jax.models import attention, attention_kernels
+from tests.models.small import random_tokens, small_language_model
 
 B, H, N, K = 2, 4, 140, 8
 # Two documents with padding on the right, and one with padding on the left.
@@ -97,7 +98,7 @@ def test_plain_attention_is_the_librarys():
   query, key, value = arrays
   # The library's own scale is K ** -0.5.
   scaled = query * (0.3 * K**0.5)
-  actual = attention.attend(scaled, [key], [value], [mask])
+  actual = attention.attend(scaled, [key], [value], [mask], K**-0.5)
   wanted = _attend("plain", *arrays, segment_ids, 30)
   np.testing.assert_allclose(actual, wanted, atol=1e-5)
 
@@ -110,9 +111,7 @@ def test_splash_runs_on_each_devices_own_rows():
   wanted = attend(*arrays, segment_ids)
   mesh = sharding.make_mesh(rows)
   split = sharding.shard_rows((*arrays, segment_ids), mesh)
-  compiled = sharding.under_mesh(mesh, lambda *x: attend.lower(*x).compile())(
-      *split
-  )
+  compiled = attend.lower(*split).compile()
   actual = compiled(*split)
   np.testing.assert_allclose(actual, wanted, atol=1e-6)
   # No device gathers another's rows.
@@ -129,18 +128,74 @@ def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
 
   def loss(query, key, value, segment_ids):
-    out = attention_kernels.splash(
-        query, key, value, segment_ids, window=30, scale=0.3, softcap=0.5
-    )
-    return out.sum()
+    # Whatever jax itself runs on.
+    assert attention_kernels.platform_of(query) == "tpu"
+    return attention_kernels.attend(
+        "splash",
+        query,
+        key,
+        value,
+        segment_ids,
+        window=30,
+        scale=0.3,
+        softcap=0.5,
+    ).sum()
 
   arrays = [shape((8, h, N, 64), jnp.float32) for h in (H, 2, 2)]
-  lower = lambda *x: jax.jit(jax.grad(loss, (0, 1, 2))).lower(*x)
-  compiled = sharding.under_mesh(mesh, lower)(
+  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
       *arrays, shape((8, N), jnp.int32)
-  ).compile()
+  )
+  # What is compiled for absent devices cannot be read back from the cache.
+  name = "jax_persistent_cache_min_compile_time_secs"
+  before = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update(name, 1e9)
+  try:
+    compiled = lowered.compile()
+  finally:
+    jax.config.update(name, before)
   # Forward, and backward for queries and for keys and values.
   assert compiled.as_text().count('custom_call_target="tpu_custom_call"') == 3
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sliding_window": 3},
+        {"sliding_window": 3, "full_attention_layers": (1,)},
+        {"attention_softcap": 2.0, "query_scale_dim": 5},
+    ],
+)
+def test_a_decoder_with_splash_is_the_one_without(changes, monkeypatch):
+  # Interpreted, as this is no TPU.
+  monkeypatch.setattr(
+      attention_kernels, "choose_backend", lambda wanted, **_: wanted
+  )
+  tokens = random_tokens(0, 2, 9)
+  mask = jnp.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 0, 0]])
+
+  def run(backend):
+    model, params = small_language_model(
+        attention_backend=backend, remat=True, **changes
+    )
+
+    def loss(params):
+      logits, _ = model.apply({"params": params}, tokens, mask)
+      real = jnp.where(mask[..., None] > 0, logits, jnp.float32(0))
+      return jnp.square(real).sum(), real
+
+    jitted = jax.jit(jax.grad(loss, has_aux=True))
+    assert ("pallas_call" in str(jitted.trace(params).jaxpr)) == (
+        backend != "xla"
+    )
+    return jitted(params)
+
+  close = lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4, rtol=1e-4)
+  jax.tree.map(close, run("splash"), run("xla"))
+
+
+def test_a_decoder_refuses_a_backend_of_another_platform():
+  with pytest.raises(ValueError, match="needs a gpu, and this is a cpu"):
+    small_language_model(attention_backend="cudnn")
 
 
 @pytest.mark.skipif(
@@ -167,14 +222,11 @@ def _choose(wanted, **changes):
   return attention_kernels.choose_backend(wanted, **(options | changes))
 
 
-def test_auto_takes_the_kernel_of_the_platform_where_it_can(monkeypatch):
+def test_auto_takes_the_kernel_of_the_platform_where_it_can():
   assert _choose("auto") == "cudnn"
   assert _choose("auto", dtype="float32") == "xla"
   assert _choose("auto", softcap=50.0) == "xla"
   assert _choose("auto", platform="cpu") == "xla"
-  # Several devices, and no mesh to split the kernel over.
-  assert _choose("auto", platform="tpu") == "xla"
-  monkeypatch.setattr(jax, "device_count", lambda: 1)
   assert _choose("auto", platform="tpu") == "splash"
   assert _choose("auto", platform="tpu", dtype="float32") == "splash"
   assert _choose("xla", platform="tpu") == "xla"
@@ -188,7 +240,6 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can(monkeypatch):
         ("cudnn", {"dtype": "float32"}, "the model's dtype is float32"),
         ("cudnn", {"head_dim": 20}, "head_dim=20 is not a multiple of 8"),
         ("cudnn", {"softcap": 50.0}, "no attention_softcap"),
-        ("splash", {"platform": "tpu"}, "needs their mesh"),
     ],
 )
 def test_what_a_backend_cannot_do_is_refused_with_the_reason(

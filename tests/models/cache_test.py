@@ -13,7 +13,18 @@ MASK = np.asarray(
 
 @pytest.mark.parametrize(
     "variant",
-    ["llama", "gpt2", "rotary_with_bias", "neox", "qk_norm", "window"],
+    [
+        "llama",
+        "gpt2",
+        "rotary_with_bias",
+        "neox",
+        "qk_norm",
+        "window",
+        "gemma",
+        "two_ropes",
+        "post_norm",
+        "experts",
+    ],
 )
 @pytest.mark.parametrize("chunks", [[1] * 9, [5, 1, 1, 1, 1], [3, 4, 2], [9]])
 def test_cached_decoding_equals_full_forward(variant, chunks):

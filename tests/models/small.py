@@ -58,6 +58,26 @@ VARIANTS = {
             high_frequency_factor=3.0,
         ),
     },
+    "gemma": {
+        "norm_placement": "pre_and_post",
+        "norm_from_one": True,
+        "activation": "geglu",
+        "query_scale_dim": 9,
+        "attention_softcap": 1.5,
+        "logit_softcap": 2.0,
+        "scale_embedding": True,
+        "sliding_window": 3,
+        "full_attention_layers": (1,),
+    },
+    "two_ropes": {
+        "num_layers": 4,
+        "sliding_window": 4,
+        "full_attention_layers": (0, 3),
+        "local_rope_theta": 40.0,
+        "rope_scaling": RopeScaling(kind="linear", factor=2.0),
+    },
+    "post_norm": {"norm_placement": "post", "qk_norm": "whole"},
+    "experts": {"num_experts": 5, "experts_per_token": 2, "ff_dim": 8},
     "gelu_rmsnorm": {"activation": "gelu", "rope_theta": 100.0},
 }
 

@@ -49,7 +49,7 @@ def test_segment_positions_restart_and_padding_is_zero():
   np.testing.assert_array_equal(segment_positions(ids), expected)
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gemma"])
 @hypothesis.given(
     left=st.integers(0, 5), right=st.integers(0, 5), seed=st.integers(0, 99)
 )
@@ -75,7 +75,7 @@ def test_logits_do_not_depend_on_side_or_amount_of_padding(
   )
 
 
-@pytest.mark.parametrize("variant", ["llama", "gpt2"])
+@pytest.mark.parametrize("variant", ["llama", "gpt2", "gemma"])
 @hypothesis.given(
     lengths=st.lists(st.integers(1, 5), min_size=2, max_size=4),
     seed=st.integers(0, 99),
@@ -239,6 +239,21 @@ def test_initialisation_scales_residual_projections():
         ({"dtype": "float64"}, "dtype must be one of"),
         ({"norm_epsilon": 0.0}, "norm_epsilon must be positive"),
         ({"rope_theta": float("nan")}, "rope_theta must be positive"),
+        ({"norm_placement": "both"}, "norm_placement must be one of pre, post"),
+        ({"attention_softcap": -1.0}, "attention_softcap must be 0 or greater"),
+        ({"sliding_window": -1}, "sliding_window must be 0 or greater"),
+        (
+            {"sliding_window": 3, "full_attention_layers": (1, 2)},
+            r"full_attention_layers=\(1, 2\) must ascend within .*=1",
+        ),
+        (
+            {"sliding_window": 3, "full_attention_layers": (0, 1)},
+            "names every layer: set sliding_window=0",
+        ),
+        ({"full_attention_layers": (1,)}, "need a sliding_window"),
+        ({"local_rope_theta": 9.0}, "local_rope_theta=9.0 need a sliding_wind"),
+        ({"num_experts": 4}, "experts_per_token=0 must be in 1..num_experts=4"),
+        ({"experts_per_token": 1}, "experts_per_token=1 must be in"),
     ],
 )
 def test_config_names_the_wrong_field_and_its_numbers(changes, message):

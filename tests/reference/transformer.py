@@ -18,23 +18,36 @@ def forward(params, config, tokens):
   trunk = params["trunk"]
   table = _f64(trunk["token_embedding"])
   x = table[np.asarray(tokens)]
+  if config.scale_embedding:
+    x = x * math.sqrt(config.width)
   if config.position == "learned":
     x = x + _f64(trunk["position_embedding"])[: len(tokens)]
   for i in range(config.num_layers):
     layer = _take_layer(trunk["layers"], i)
-    attended = _attention(
-        layer["attention"], config, _norm(layer["attention_norm"], config, x)
-    )
+    normed = _norm_at(layer, config, "attention_norm", x)
+    attended = _attention(layer["attention"], config, normed, i)
+    attended = _norm_at(layer, config, "attention_post_norm", attended)
     middle = x if config.parallel_residual else x + attended
     fed = _feed_forward(
         layer["feed_forward"],
         config,
-        _norm(layer["feed_forward_norm"], config, middle),
+        _norm_at(layer, config, "feed_forward_norm", middle),
     )
-    x = x + attended + fed
+    x = x + attended + _norm_at(layer, config, "feed_forward_post_norm", fed)
   x = _norm(trunk["final_norm"], config, x)
   head = table.T if config.tie_head else _f64(params["head"]["kernel"])
-  return x @ head
+  return _softcap(x @ head, config.logit_softcap)
+
+
+def _softcap(x, cap):
+  return cap * np.tanh(x / cap) if cap else x
+
+
+def _norm_at(layer, config, name, x):
+  """The norm of this name where `norm_placement` asks for it."""
+  is_post = name.endswith("post_norm")
+  wanted = {"pre": not is_post, "post": is_post, "pre_and_post": True}
+  return _norm(layer[name], config, x) if wanted[config.norm_placement] else x
 
 
 def _f64(x):
@@ -53,58 +66,80 @@ def _norm(params, config, x):
     if config.norm == "layernorm":
       row = row - row.mean()
     out[t] = row / math.sqrt((row**2).mean() + config.norm_epsilon)
-  return out * _f64(params["scale"]) + _f64(params.get("bias", 0.0))
+  scale = _f64(params["scale"]) + (1.0 if config.norm_from_one else 0.0)
+  return out * scale + _f64(params.get("bias", 0.0))
 
 
-def _attention(params, config, x):
+def _attention(params, config, x, layer):
   def project(name, head):
     kernel = params[name]["kernel"][:, head]
     return x @ kernel + params[name].get("bias", np.zeros(kernel.shape))[head]
 
+  def project_all(name, num_heads):
+    heads = [project(name, head) for head in range(num_heads)]
+    norm = params.get(f"{name}_norm")
+    if config.qk_norm == "head":
+      heads = [_norm(norm, config, x) for x in heads]
+    if config.qk_norm == "whole":
+      whole = _norm(norm, config, np.concatenate(heads, axis=1))
+      heads = np.split(whole, num_heads, axis=1)
+    return [_rotate_halves(x, config, layer) for x in heads]
+
+  is_full = layer in config.full_attention_layers
+  window = 0 if is_full else config.sliding_window
+  queries = project_all("query", config.num_heads)
+  keys = project_all("key", config.num_kv_heads)
   out = np.zeros_like(x)
   for head in range(config.num_heads):
     kv_head = head * config.num_kv_heads // config.num_heads
-    q, k = project("query", head), project("key", kv_head)
-    if config.qk_norm == "head":
-      q = _norm(params["query_norm"], config, q)
-      k = _norm(params["key_norm"], config, k)
-    if config.position == "rotary":
-      q, k = (_rotate_halves(a, config) for a in (q, k))
     attended = _causal_softmax_attention(
-        q, k, project("value", kv_head), config.sliding_window
+        queries[head],
+        keys[kv_head],
+        project("value", kv_head),
+        window,
+        1 / math.sqrt(config.query_scale_dim or config.head_dim),
+        config.attention_softcap,
     )
     out += attended @ params["out"]["kernel"][head]
   return out + params["out"].get("bias", 0.0)
 
 
-def _causal_softmax_attention(q, k, v, window=0):
+def _causal_softmax_attention(q, k, v, window=0, scale=None, cap=0.0):
   out = np.empty_like(v)
+  scale = scale or 1 / math.sqrt(q.shape[1])
   for t in range(len(q)):
     first = max(0, t + 1 - window) if window else 0
-    scores = [q[t] @ k[s] / math.sqrt(len(q[t])) for s in range(first, t + 1)]
-    weights = np.exp(np.array(scores) - max(scores))
+    scores = [q[t] @ k[s] * scale for s in range(first, t + 1)]
+    scores = _softcap(np.array(scores), cap)
+    weights = np.exp(scores - max(scores))
     out[t] = (weights / weights.sum()) @ v[first : t + 1]
   return out
 
 
-def _rotate_halves(x, config):
+def _rotate_halves(x, config, layer):
+  if config.position != "rotary":
+    return x
+  is_local = config.local_rope_theta and (
+      layer not in config.full_attention_layers
+  )
+  theta = config.local_rope_theta if is_local else config.rope_theta
+  scaling = None if is_local else config.rope_scaling
   dim = int(x.shape[1] * config.rotary_fraction)
   half = dim // 2
   out = x.copy()
   for t in range(len(x)):
     for i in range(half):
-      plain = config.rope_theta ** (-2 * i / dim)
-      angle = t * _frequency(plain, config, i, dim)
+      plain = theta ** (-2 * i / dim)
+      angle = t * _frequency(plain, config, scaling, i, dim)
       z = complex(x[t, i], x[t, i + half]) * np.exp(1j * angle)
-      if config.rope_scaling:
-        z *= config.rope_scaling.attention_factor
+      if scaling:
+        z *= scaling.attention_factor
       out[t, i], out[t, i + half] = z.real, z.imag
   return out
 
 
-def _frequency(frequency, config, i, dim):
+def _frequency(frequency, config, scaling, i, dim):
   """By wavelength and case by case, as the released Llama 3.1 code does it."""
-  scaling = config.rope_scaling
   if scaling is None:
     return frequency
   if scaling.kind == "linear":
@@ -152,19 +187,39 @@ def _silu(x):
 
 
 def _feed_forward(params, config, x):
+  if not config.num_experts:
+    return _one_feed_forward(params, config, x)
+  logits = x @ params["router"]["kernel"]
+  out = np.zeros_like(x)
+  for t, row in enumerate(logits):
+    best = np.argsort(-row)[: config.experts_per_token]
+    weights = np.exp(row[best] - row.max())
+    for expert, weight in zip(best, weights / weights.sum()):
+      mine = _take_layer(params["experts"], expert)
+      out[t] += weight * _one_feed_forward(mine, config, x[t : t + 1])[0]
+  return out
+
+
+def _one_feed_forward(params, config, x):
   def linear(name, x):
     return x @ params[name]["kernel"] + params[name].get("bias", 0.0)
 
   up = linear("up", x)
   if config.activation == "swiglu":
     return linear("down", _silu(linear("gate", x)) * up)
+  if config.activation == "geglu":
+    return linear("down", _gelu_tanh(linear("gate", x)) * up)
   if config.activation == "relu":
     return linear("down", np.maximum(up, 0))
   if config.activation == "gelu_exact":
     erf = np.vectorize(math.erf)
     return linear("down", up * 0.5 * (1 + erf(up / math.sqrt(2))))
-  inner = math.sqrt(2 / math.pi) * (up + 0.044715 * up**3)
-  return linear("down", 0.5 * up * (1 + np.tanh(inner)))
+  return linear("down", _gelu_tanh(up))
+
+
+def _gelu_tanh(x):
+  inner = math.sqrt(2 / math.pi) * (x + 0.044715 * x**3)
+  return 0.5 * x * (1 + np.tanh(inner))
 
 
 def llama2c_forward(path, tokens):

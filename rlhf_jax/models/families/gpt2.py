@@ -2,15 +2,24 @@
 
 from typing import Any
 
-from rlhf_jax.models.families.hf_config import Fields
+from rlhf_jax.models.families.hf_config import Fields, read_names, write_names
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
-ARCHITECTURE = "GPT2"
+ARCHITECTURES = ("GPT2",)
 PREFIX = "transformer."
 HEAD = "lm_head"
 BUFFERS = (r"transformer\.h\.\d+\.attn\.(masked_)?bias",)
 
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "n_layer",
+    "width": "n_embd",
+    "num_heads": "n_head",
+    "max_length": "n_positions",
+    "norm_epsilon": "layer_norm_epsilon",
+    "tie_head": "tie_word_embeddings",
+}
 _FIXED = {
     "scale_attn_weights": True,
     "scale_attn_by_inverse_layer_idx": False,
@@ -26,41 +35,50 @@ def to_ours(hf: Fields) -> dict[str, Any]:
   # How a float16 product is rounded; and of a head that is not this one's.
   hf.ignore("reorder_and_upcast_attn", "summary_type", "summary_use_proj")
   hf.ignore("summary_activation", "summary_proj_to_labels", "n_ctx")
-  width, heads = hf["n_embd"], hf["n_head"]
   return {
-      "vocab_size": hf["vocab_size"],
-      "num_layers": hf["n_layer"],
-      "width": width,
-      "num_heads": heads,
-      "num_kv_heads": heads,
-      "head_dim": width // heads,
-      "ff_dim": hf.get("n_inner", 4 * width),
-      "max_length": hf["n_positions"],
+      **shape(hf, _NAMES, activation="activation_function"),
+      "ff_dim": hf.get("n_inner", 4 * hf["n_embd"]),
       "position": "learned",
-      "norm": "layernorm",
-      "activation": hf.choose("activation_function", _ACTIVATIONS),
       "attention_bias": "all",
-      "feed_forward_bias": True,
+  }
+
+
+def shape(
+    hf: Fields, names: dict[str, str], activation: str
+) -> dict[str, Any]:
+  """What GPT-2 and its kin say alike: layernorms, biases, as many key heads.
+
+  names: ours -> theirs; activation: how the family calls this field.
+  """
+  ours = read_names(hf, names)
+  return {
+      **ours,
+      "num_kv_heads": ours["num_heads"],
+      "head_dim": ours["width"] // ours["num_heads"],
+      "activation": hf.choose(activation, _ACTIVATIONS),
+      "norm": "layernorm",
       "norm_bias": True,
-      "norm_epsilon": hf["layer_norm_epsilon"],
-      "tie_head": hf["tie_word_embeddings"],
+      "feed_forward_bias": True,
   }
 
 
 def to_theirs(cfg: TransformerConfig) -> dict[str, Any]:
   """config.json fields."""
-  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   return {
       **_FIXED,
-      "vocab_size": cfg.vocab_size,
-      "n_layer": cfg.num_layers,
-      "n_embd": cfg.width,
-      "n_head": cfg.num_heads,
+      **their_shape(cfg, _NAMES, activation="activation_function"),
       "n_inner": cfg.ff_dim,
-      "n_positions": cfg.max_length,
-      "activation_function": activations.get(cfg.activation),
-      "layer_norm_epsilon": cfg.norm_epsilon,
-      "tie_word_embeddings": cfg.tie_head,
+  }
+
+
+def their_shape(
+    cfg: TransformerConfig, names: dict[str, str], activation: str
+) -> dict[str, Any]:
+  """The inverse of `shape`."""
+  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
+  return {
+      **write_names(cfg, names),
+      activation: activations.get(cfg.activation),
   }
 
 

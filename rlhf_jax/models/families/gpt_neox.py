@@ -2,11 +2,12 @@
 
 from typing import Any
 
+from rlhf_jax.models.families import gpt2, llama
 from rlhf_jax.models.families.hf_config import Fields, read_rope, write_rope
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
-ARCHITECTURE = "GPTNeoX"
+ARCHITECTURES = ("GPTNeoX",)
 PREFIX = "gpt_neox."
 HEAD = "embed_out"
 BUFFERS = (
@@ -14,50 +15,35 @@ BUFFERS = (
     r"gpt_neox\.layers\.\d+\.attention\.rotary_emb\.inv_freq",
 )
 
-_ACTIVATIONS = {"gelu": "gelu_exact", "gelu_new": "gelu", "relu": "relu"}
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ff_dim": "intermediate_size",
+    "max_length": "max_position_embeddings",
+    "parallel_residual": "use_parallel_residual",
+    "norm_epsilon": "layer_norm_eps",
+    "tie_head": "tie_word_embeddings",
+}
 
 
 def to_ours(hf: Fields) -> dict[str, Any]:
   """TransformerConfig fields."""
   hf.require("is_decoder", False)
-  width, heads = hf["hidden_size"], hf["num_attention_heads"]
   return {
-      "vocab_size": hf["vocab_size"],
-      "num_layers": hf["num_hidden_layers"],
-      "width": width,
-      "num_heads": heads,
-      "num_kv_heads": heads,
-      "head_dim": width // heads,
-      "ff_dim": hf["intermediate_size"],
-      "max_length": hf["max_position_embeddings"],
-      "norm": "layernorm",
-      "activation": hf.choose("hidden_act", _ACTIVATIONS),
-      "attention_bias": "all" if hf["attention_bias"] else "none",
-      "feed_forward_bias": True,
-      "norm_bias": True,
-      "parallel_residual": hf["use_parallel_residual"],
-      "norm_epsilon": hf["layer_norm_eps"],
-      "tie_head": hf["tie_word_embeddings"],
+      **gpt2.shape(hf, _NAMES, activation="hidden_act"),
+      **llama.attention_bias(hf),
       **read_rope(hf),
   }
 
 
 def to_theirs(cfg: TransformerConfig) -> dict[str, Any]:
   """config.json fields."""
-  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   rope = write_rope(cfg)
   return {
-      "vocab_size": cfg.vocab_size,
-      "num_hidden_layers": cfg.num_layers,
-      "hidden_size": cfg.width,
-      "num_attention_heads": cfg.num_heads,
-      "intermediate_size": cfg.ff_dim,
-      "max_position_embeddings": cfg.max_length,
-      "hidden_act": activations.get(cfg.activation),
+      **gpt2.their_shape(cfg, _NAMES, activation="hidden_act"),
       "attention_bias": cfg.attention_bias == "all",
-      "use_parallel_residual": cfg.parallel_residual,
-      "layer_norm_eps": cfg.norm_epsilon,
-      "tie_word_embeddings": cfg.tie_head,
       # This family's own, older names.
       "rotary_emb_base": rope.pop("rope_theta"),
       "rotary_pct": cfg.rotary_fraction,

@@ -116,12 +116,59 @@ def read_fields(folder: epath.Path) -> tuple[str, Fields]:
   return model_type, Fields(values, str(path))
 
 
-# --- rotary positions ---------------------------------------------------------
+# --- both ways ----------------------------------------------------------------
+
+
+def read_names(hf: Fields, names: Mapping[str, str]) -> dict[str, Any]:
+  """TransformerConfig fields of `names`: ours -> theirs, where values agree."""
+  return {ours: hf[theirs] for ours, theirs in names.items()}
+
+
+def write_names(
+    cfg: TransformerConfig, names: Mapping[str, str]
+) -> dict[str, Any]:
+  """The inverse of `read_names`."""
+  return {theirs: getattr(cfg, ours) for ours, theirs in names.items()}
+
+
+def read_layer_types(hf: Fields) -> dict[str, Any]:
+  """sliding_window and full_attention_layers from their `layer_types`."""
+  types, window = hf["layer_types"], hf["sliding_window"]
+  hf.require("num_hidden_layers", len(types))
+  strange = set(types) - {"full_attention", "sliding_attention"}
+  if strange:
+    raise FamilyError(f"layer_types: {min(strange)!r} is not implemented")
+  full = tuple(i for i, kind in enumerate(types) if kind == "full_attention")
+  if len(full) == len(types):
+    return {}
+  if not window:
+    raise FamilyError(
+        f"layer_types has 'sliding_attention', and sliding_window={window}"
+    )
+  return {"sliding_window": window, "full_attention_layers": full}
+
+
+def write_layer_types(cfg: TransformerConfig) -> dict[str, Any]:
+  """The inverse of `read_layer_types`."""
+  is_full = lambda i: (
+      not cfg.sliding_window or i in cfg.full_attention_layers
+  )
+  return {
+      "sliding_window": cfg.sliding_window or cfg.max_length,
+      "layer_types": [
+          "full_attention" if is_full(i) else "sliding_attention"
+          for i in range(cfg.num_layers)
+      ],
+  }
 
 
 def read_rope(hf: Fields) -> dict[str, Any]:
   """rope_theta, rotary_fraction and rope_scaling from `rope_parameters`."""
-  given = dict(hf["rope_parameters"])
+  return read_rope_parameters(hf["rope_parameters"])
+
+
+def read_rope_parameters(given: Mapping[str, Any]) -> dict[str, Any]:
+  """The same from the section itself."""
   rope = Fields(given, "rope_parameters")
   kind = rope.get("rope_type", "default")
   rope.require("type", kind)  # its older name

@@ -5,11 +5,12 @@ Positions are counted from 2 in its table; the first two rows stand for nothing.
 
 from typing import Any
 
+from rlhf_jax.models.families import gpt2
 from rlhf_jax.models.families.hf_config import Fields
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
-ARCHITECTURE = "OPT"
+ARCHITECTURES = ("OPT",)
 PREFIX = "model."
 HEAD = "lm_head"
 BUFFERS = ()
@@ -22,7 +23,15 @@ _FIXED = {
     "layer_norm_elementwise_affine": True,
 }
 _NORM_EPSILON = 1e-5  # torch's default; the config has no field for it
-_ACTIVATIONS = {"relu": "relu", "gelu": "gelu_exact", "gelu_new": "gelu"}
+_NAMES = {
+    "vocab_size": "vocab_size",
+    "num_layers": "num_hidden_layers",
+    "width": "hidden_size",
+    "num_heads": "num_attention_heads",
+    "ff_dim": "ffn_dim",
+    "max_length": "max_position_embeddings",
+    "tie_head": "tie_word_embeddings",
+}
 
 
 def to_ours(hf: Fields) -> dict[str, Any]:
@@ -30,42 +39,21 @@ def to_ours(hf: Fields) -> dict[str, Any]:
   for name, value in _FIXED.items():
     hf.require(name, value)
   hf.ignore("init_std")
-  width, heads = hf["hidden_size"], hf["num_attention_heads"]
-  hf.require("word_embed_proj_dim", width)
+  hf.require("word_embed_proj_dim", hf["hidden_size"])
   return {
-      "vocab_size": hf["vocab_size"],
-      "num_layers": hf["num_hidden_layers"],
-      "width": width,
-      "num_heads": heads,
-      "num_kv_heads": heads,
-      "head_dim": width // heads,
-      "ff_dim": hf["ffn_dim"],
-      "max_length": hf["max_position_embeddings"],
+      **gpt2.shape(hf, _NAMES, activation="activation_function"),
       "position": "learned",
-      "norm": "layernorm",
-      "activation": hf.choose("activation_function", _ACTIVATIONS),
       "attention_bias": "all",
-      "feed_forward_bias": True,
-      "norm_bias": True,
       "norm_epsilon": _NORM_EPSILON,
-      "tie_head": hf["tie_word_embeddings"],
   }
 
 
 def to_theirs(cfg: TransformerConfig) -> dict[str, Any]:
   """config.json fields."""
-  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   return {
       **_FIXED,
-      "vocab_size": cfg.vocab_size,
-      "num_hidden_layers": cfg.num_layers,
-      "hidden_size": cfg.width,
+      **gpt2.their_shape(cfg, _NAMES, activation="activation_function"),
       "word_embed_proj_dim": cfg.width,
-      "num_attention_heads": cfg.num_heads,
-      "ffn_dim": cfg.ff_dim,
-      "max_position_embeddings": cfg.max_length,
-      "activation_function": activations.get(cfg.activation),
-      "tie_word_embeddings": cfg.tie_head,
   }
 
 

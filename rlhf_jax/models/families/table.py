@@ -2,9 +2,9 @@
 
 A family's table is a tuple of `Tensor`s, each a tensor of the published
 checkpoint and the parameters of ours that it holds: one, or several where
-projections are fused. `{}` in a name stands for the layer; our layers are one
-stacked array. Rows for parameters that a config does not have (a bias, say) are
-passed over.
+projections are fused. `{}` in a name stands for the layer, and a second one for
+the expert; our layers, and the experts of each, are one stacked array. Rows for
+parameters that a config does not have (a bias, say) are passed over.
 
     linear("h.{}.attn.c_proj", "layers/attention/out", transposed=False)
 """
@@ -22,7 +22,7 @@ Shape = tuple[int, ...]
 class Tensor:
   """One tensor of the checkpoint.
 
-  name: {} is the layer.
+  name: the first {} is the layer, the second the expert.
   paths: of our parameters, '/'-joined.
   kind: 'matrix' is a product's kernel, 'vector' a bias (heads flattened),
     'same' has our shape.
@@ -40,8 +40,9 @@ class Tensor:
   skip_rows: int = 0
 
   @property
-  def is_layered(self) -> bool:
-    return "{}" in self.name
+  def num_indices(self) -> int:
+    """How many leading axes of our parameters the name counts through."""
+    return self.name.count("{}")
 
   def file_shape(self, shapes: tuple[Shape, ...]) -> Shape:
     """The tensor's shape in the file, from those of our parameters."""
@@ -57,7 +58,7 @@ class Tensor:
   def to_ours(
       self, x: np.ndarray, shapes: tuple[Shape, ...]
   ) -> tuple[np.ndarray, ...]:
-    """Our parameters (of one layer), mostly views of `x`."""
+    """Our parameters (of one layer and expert), mostly views of `x`."""
     if self.kind == "same":
       return (x[self.skip_rows :],)
     if self.kind == "vector":

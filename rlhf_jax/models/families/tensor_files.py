@@ -20,6 +20,7 @@ import numpy as np
 
 MAX_FILE_BYTES = 5 * 10**9
 _MAX_HEADER_BYTES = 100_000_000  # as the format's own library has it
+_PIECE_BYTES = 2**20  # a multiple of every item's size
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
 _FILE_NAME = re.compile(r"[\w-][\w.-]*\.safetensors")
@@ -54,15 +55,18 @@ class _Entry:
 class TensorReader:
   """The tensors of a folder by name; `read` reads one.
 
+  Args:
+    file_name: the one file to read; None finds those of a model.
+
   Raises:
     TensorFileError: a file is missing, cut short or no safetensors file, or a
       tensor is in two files.
   """
 
-  def __init__(self, folder: epath.PathLike):
+  def __init__(self, folder: epath.PathLike, file_name: str | None = None):
     self.folder = epath.Path(folder)
     self._entries: dict[str, _Entry] = {}
-    for file in _files(self.folder):
+    for file in _files(self.folder, file_name):
       for name, entry in _read_header(file):
         if name in self._entries:
           raise TensorFileError(
@@ -79,22 +83,48 @@ class TensorReader:
   def shape(self, name: str) -> tuple[int, ...]:
     return self._entries[name].shape
 
-  def read(self, name: str) -> np.ndarray:
-    """One tensor, a copy of its bytes; read-only."""
+  def dtype(self, name: str) -> np.dtype:
+    return self._entries[name].dtype
+
+  def read(self, name: str, dtype: str | None = None) -> np.ndarray:
+    """One tensor, converted to `dtype` piece by piece while it is read."""
     entry = self._entries[name]
+    out = np.empty(entry.shape, entry.dtype if dtype is None else dtype)
+    flat, start = out.reshape(-1), 0
+    for piece in self._pieces(entry, name):
+      flat[start : start + piece.size] = piece
+      start += piece.size
+    return out
+
+  def are_equal(self, name: str, other: str) -> bool:
+    """Whether two tensors have the same shape and values."""
+    mine, its = self._entries[name], self._entries[other]
+    pairs = zip(self._pieces(mine, name), self._pieces(its, other))
+    return mine.shape == its.shape and all(
+        np.array_equal(a, b) for a, b in pairs
+    )
+
+  def _pieces(self, entry: _Entry, name: str) -> Iterator[np.ndarray]:
     with entry.file.open("rb") as stream:
       stream.seek(entry.start)
-      data = stream.read(entry.end - entry.start)
-    if len(data) != entry.end - entry.start:
-      raise TensorFileError(
-          f"{entry.file}: tensor {name}: the file changed while it was read"
-      )
-    return np.frombuffer(data, entry.dtype).reshape(entry.shape)
+      left = entry.end - entry.start
+      while left:
+        data = stream.read(min(left, _PIECE_BYTES))
+        left -= len(data)
+        if len(data) % entry.dtype.itemsize or (left and not data):
+          raise TensorFileError(
+              f"{entry.file}: tensor {name}: the file changed while it was read"
+          )
+        yield np.frombuffer(data, entry.dtype)
 
 
-def _files(folder: epath.Path) -> list[epath.Path]:
+def _files(folder: epath.Path, file_name: str | None) -> list[epath.Path]:
   if not folder.is_dir():
     raise TensorFileError(f"{folder}: no such folder")
+  if file_name is not None and (folder / file_name).exists():
+    return [folder / file_name]
+  if file_name is not None:
+    raise TensorFileError(f"{folder / file_name}: is missing")
   # As transformers looks: what stands beside (consolidated.safetensors, an
   # adapter) is another copy or another thing.
   if (folder / _SINGLE).exists():
@@ -206,19 +236,20 @@ def write_tensors(
       groups.append([])
     groups[-1].append(tensor)
   if len(groups) == 1:
-    _write_file(folder / _SINGLE, groups[0])
+    write_file(folder / _SINGLE, groups[0])
     return
   places = {}
   for i, group in enumerate(groups):
     name = f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
-    _write_file(folder / name, group)
+    write_file(folder / name, group)
     places |= {tensor.name: name for tensor in group}
   total = sum(x.num_bytes for group in groups for x in group)
   index = {"metadata": {"total_size": total}, "weight_map": places}
   (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: epath.Path, tensors: list[TensorSource]) -> None:
+def write_file(path: epath.Path, tensors: list[TensorSource]) -> None:
+  """Writes one file, a tensor at a time; whole or not at all."""
   header, offset = {"__metadata__": {"format": "pt"}}, 0
   for tensor in tensors:
     header[tensor.name] = {
@@ -235,5 +266,7 @@ def _write_file(path: epath.Path, tensors: list[TensorSource]) -> None:
     for tensor in tensors:
       array = np.asarray(tensor.make(), order="C")
       assert array.shape == tensor.shape and array.dtype == tensor.dtype
-      stream.write(array.tobytes())
+      # Its own bytes, not a copy of them.
+      stream.write(array.reshape(-1).view(np.uint8).data)
+      del array
   temporary.replace(path)

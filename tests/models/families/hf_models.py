@@ -1,9 +1,10 @@
 """Tiny random models of every family, made by transformers with torch.
 
-    python -m tests.models.families.hf_models golden
+    python -m tests.models.families.hf_models golden [NAME ...]
 
-writes the golden folders beside this file: a checkpoint and the logits that
-torch computes from it. Only this needs torch; the tests that read them do not.
+writes the golden folders beside this file (all, or those named): a checkpoint
+and the logits that torch computes from it. Only this needs torch; the tests
+that read them do not.
 
     python -m tests.models.families.hf_models measure
 
@@ -84,7 +85,67 @@ MODELS = {
     ),
     "mistral": ("mistral", {**_LLAMA, "sliding_window": 7, "head_dim": 6}),
     "qwen2": ("qwen2", {**_LLAMA, "tie_word_embeddings": True}),
+    # The second of its layers has a window.
+    "qwen2_window": (
+        "qwen2",
+        {
+            **_LLAMA,
+            "use_sliding_window": True,
+            "sliding_window": 7,
+            "max_window_layers": 1,
+        },
+    ),
     "qwen3": ("qwen3", {**_LLAMA, "head_dim": 6}),
+    # Caps that bite at the sizes of a tiny model's scores and logits.
+    "gemma2": (
+        "gemma2",
+        {
+            **_LLAMA,
+            "head_dim": 6,
+            "query_pre_attn_scalar": 5,
+            "sliding_window": 7,
+            "attn_logit_softcapping": 1.5,
+            "final_logit_softcapping": 2.5,
+        },
+    ),
+    "gemma3_text": (
+        "gemma3_text",
+        {
+            **_LLAMA,
+            "num_hidden_layers": 4,
+            "num_key_value_heads": 1,
+            "head_dim": 6,
+            "query_pre_attn_scalar": 9,
+            "sliding_window": 7,
+            "sliding_window_pattern": 3,
+            "rope_parameters": {
+                "full_attention": dict(
+                    rope_type="linear", rope_theta=200.0, factor=4.0
+                ),
+                "sliding_attention": dict(rope_type="default", rope_theta=30.0),
+            },
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            **_LLAMA,
+            "sliding_window": 7,
+            "rope_parameters": dict(
+                rope_type="default", rope_theta=1e4, partial_rotary_factor=0.5
+            ),
+        },
+    ),
+    "olmo2": ("olmo2", {**_LLAMA}),
+    "mixtral": (
+        "mixtral",
+        {
+            **_LLAMA,
+            "intermediate_size": 12,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+        },
+    ),
     "gpt2": (
         "gpt2",
         dict(
@@ -154,7 +215,9 @@ def make_torch(name: str, auto_class: str = "AutoModelForCausalLM", **changes):
   with torch.no_grad():
     for path, weight in model.named_parameters():
       is_norm = "norm" in path or "ln_" in path
-      start = 1.0 if is_norm and path.endswith("weight") else 0.0
+      # Gemma adds 1 to it.
+      is_scale = path.endswith("weight") and "gemma" not in model_type
+      start = 1.0 if is_norm and is_scale else 0.0
       weight.copy_(start + 0.2 * torch.randn_like(weight))
   return model.eval()
 
@@ -212,8 +275,8 @@ def measure():
     print(f"| {name} | {found[0]:.1e} | {found[1]:.2f} |")
 
 
-def write_golden():
-  for name in MODELS:
+def write_golden(*names: str):
+  for name in names or MODELS:
     model = make_torch(name)
     folder = GOLDEN / name
     model.save_pretrained(folder)
@@ -229,4 +292,4 @@ def write_golden():
 
 
 if __name__ == "__main__":
-  {"golden": write_golden, "measure": measure}[sys.argv[1]]()
+  {"golden": write_golden, "measure": measure}[sys.argv[1]](*sys.argv[2:])

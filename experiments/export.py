@@ -2,7 +2,8 @@
 
     python -m experiments.export --model=runs/first/ppo --family=llama --to=OUT
 
-OUT then holds config.json, model.safetensors and the tokenizer's files, for
+OUT then holds config.json, model.safetensors, generation_config.json with all
+end tokens, and the tokenizer's files with its chat template, for
 `transformers`, vLLM and whatever else reads them. What was trained here from
 scratch is of the family llama; an imported model goes back to its own.
 
@@ -67,7 +68,12 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
     params = _with_gain(model)
   tokenizer = model.tokenizer
   # config.json comes last: a folder without it is not taken for a whole one.
-  tokenizer.save(folder)
+  tokenizer.export(folder)
+  if kind == "reward_model" and not tokenizer.pad_is_safe:
+    logging.warning(
+        "export: the tokenizer has no token for padding alone, by which "
+        "transformers finds where a row ends: there it scores one row at a time"
+    )
   huggingface.save_folder(
       folder,
       model.config,
@@ -76,8 +82,8 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
       kind=kind,
       token_ids={
           "bos": tokenizer.bos_id,
-          "eos": tokenizer.eos_id,
-          "pad": tokenizer.pad_id,
+          "eos": _one_or_all(tokenizer.eos_ids),
+          "pad": tokenizer.pad_id if tokenizer.pad_is_safe else None,
       },
   )
 
@@ -111,6 +117,10 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
           started_from.removeprefix(models.HUGGING_FACE) if is_theirs else None
       ),
   )
+
+
+def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+  return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _with_gain(model: models.RewardModel):

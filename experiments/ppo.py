@@ -221,7 +221,8 @@ def run(config: Config, workdir: str) -> None:
   tx = optim.make_optimizer(config.optimizer, config.num_updates)
 
   # ---- data ------------------------------------------------------------------
-  reader = sources.Reader(config.seed, out.dir / "skipped")
+  skipped_dir = out.dir / "skipped"
+  reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
   encode = lambda split, source: evaluator.encode_prompts(
       reader.prompts(source, split),
       policy.tokenizer,
@@ -229,7 +230,7 @@ def run(config: Config, workdir: str) -> None:
   )
   prompts = encode("train", config.prompts)
   heldout_prompts = encode("heldout", config.heldout_prompts)
-  ptx_rows = make_ptx_rows(config, policy, reader)
+  ptx_rows = make_ptx_rows(config, reader)
   make_batches = lambda rows, batch_size: iter(
       pipeline.make_dataset(rows, batch_size=batch_size, seed=config.seed)
   )
@@ -444,21 +445,19 @@ def init_value(
   }
 
 
-def make_ptx_rows(
-    config: Config, policy: models.Policy, reader: sources.Reader
-) -> LMBatch | None:
+def make_ptx_rows(config: Config, reader: sources.Reader) -> LMBatch | None:
   """Packed pretraining text, or None without PTX."""
   if not config.ppo.ptx_coef:
     return None
   examples, report = encoding.encode_documents(
       reader.documents(config.ptx_documents, "train"),
-      policy.tokenizer,
+      reader.tokenizer,
       max_length=config.ptx_seq_len,
       policy="split",
   )
   logging.info("ppo: PTX documents: %s", report)
   return packing.pack(
-      examples, config.ptx_seq_len, pad_id=policy.tokenizer.pad_id
+      examples, config.ptx_seq_len, pad_id=reader.tokenizer.pad_id
   )
 
 

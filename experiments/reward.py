@@ -106,11 +106,12 @@ def run(config: Config, workdir: str) -> None:
     return
   policy = models.load_policy(config.init_from, config.compute)
   _check_fits(config, policy)
-  reader = sources.Reader(config.seed, out.dir / "skipped")
-  train, _ = encode(
+  skipped_dir = out.dir / "skipped"
+  reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
+  train, _, _ = encode(
       config, policy.tokenizer, reader.comparisons(config.comparisons, "train")
   )
-  heldout, heldout_records = encode(
+  heldout, heldout_records, _ = encode(
       config, policy.tokenizer, reader.comparisons(config.heldout, "heldout")
   )
   if not ordered_margins(np.zeros(heldout.tokens.shape[:2]), heldout)[0].size:
@@ -342,8 +343,8 @@ def make_calibration(
 
 def encode(
     config: Config, tokenizer: Tokenizer, comparisons: list
-) -> tuple[PreferenceBatch | RankingBatch, list]:
-  """Rows of tokens, and of the records those that were short enough."""
+) -> tuple[PreferenceBatch | RankingBatch, list, encoding.LengthReport]:
+  """Rows of tokens, of the records those that were short enough, the counts."""
   is_ranking = isinstance(comparisons[0], Ranking)
   encode_records = (
       encoding.encode_rankings if is_ranking else encoding.encode_comparisons
@@ -357,7 +358,8 @@ def encode(
   )
   logging.info("reward: comparisons: %s", report)
   dropped = set(report.dropped)
-  return batch, [x for i, x in enumerate(comparisons) if i not in dropped]
+  kept = [x for i, x in enumerate(comparisons) if i not in dropped]
+  return batch, kept, report
 
 
 def _fit_normalization(scores: jax.Array) -> ScoreNormalization:
@@ -384,6 +386,7 @@ def make_reference_sampler(
   checks.check_samples_fit(
       config.samples, {"reference policy": ref_policy}, policy
   )
+  reader = dataclasses.replace(reader, tokenizer=ref_policy.tokenizer)
   prompts = evaluator.encode_prompts(
       reader.prompts(config.normalize_on, "train"),
       ref_policy.tokenizer,

@@ -45,23 +45,37 @@ def run(config: Config, workdir: str) -> None:
   if out.finished:
     return
   policy = models.load_policy(config.init_from, config.compute)
-  reader = sources.Reader(config.train.seed, out.dir / "skipped")
-  examples = {}
+  skipped_dir = out.dir / "skipped"
+  reader = sources.Reader(config.train.seed, skipped_dir, policy.tokenizer)
+  examples, _ = make_examples(config, reader)
+  language_model.train(
+      "sft", out, config.train, policy, examples, config.lora
+  )
+
+
+def make_examples(config: Config, reader: sources.Reader):
+  """What the stage learns from and is measured on.
+
+  Args:
+    reader: knows the tokenizer.
+
+  Returns:
+    By split, the examples to pack and their LengthReport.
+  """
+  examples, reports = {}, {}
   for split, source in (
       ("train", config.demonstrations),
       ("heldout", config.heldout_demonstrations),
   ):
-    examples[split], report = encoding.encode_demonstrations(
+    examples[split], reports[split] = encoding.encode_demonstrations(
         reader.demonstrations(source, split),
-        policy.tokenizer,
+        reader.tokenizer,
         max_length=config.train.seq_len,
         policy=config.too_long,
         train_on_prompt=config.train_on_prompt,
     )
-    logging.info("sft: %s demonstrations: %s", split, report)
-  language_model.train(
-      "sft", out, config.train, policy, examples, config.lora
-  )
+    logging.info("sft: %s demonstrations: %s", split, reports[split])
+  return examples, reports
 
 
 if __name__ == "__main__":

@@ -67,10 +67,10 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
           config_lib.from_config(config_class, config_file.value), workdir.value
       )
 
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=parse_flags)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
   """absl's parsing, after what it would end in a traceback was looked for."""
   with told_errors():
     check_config_flags(argv)

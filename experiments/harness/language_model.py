@@ -5,7 +5,6 @@ start; this is what they share.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 from absl import logging
@@ -26,6 +25,7 @@ from experiments.harness.config import ConfigError
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing, pipeline
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.train_state import create_train_state
@@ -113,10 +113,9 @@ def train(
   """
   _check_fits(cfg, policy)
   tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.num_devices)
-  pack = functools.partial(
-      packing.pack, length=cfg.seq_len, pad_id=tokenizer.pad_id
+  rows, heldout = (
+      pack(cfg, tokenizer, examples[split]) for split in ("train", "heldout")
   )
-  rows, heldout = pack(examples["train"]), pack(examples["heldout"])
   logging.info(
       "%s: %d examples packed into %d rows of %d tokens, %.1f%% filled",
       name,
@@ -141,7 +140,7 @@ def train(
     state, metrics = update(state, batch, cfg.sft, frozen)
     return state, _renamed(metrics, name), batch
 
-  prompts = sources.Reader(cfg.seed, out.dir / "skipped").prompts(
+  prompts = sources.Reader(cfg.seed, out.dir / "skipped", tokenizer).prompts(
       cfg.sample_prompts, "heldout"
   )
   sampler = evaluator.Evaluator(
@@ -184,6 +183,13 @@ def train(
   models.save_policy(out.dir, trained)
   out.finish(heldout_loss(frozen | state.params))
   return trained
+
+
+def pack(
+    cfg: LanguageModelConfig, tokenizer: Tokenizer, examples: list
+) -> LMBatch:
+  """The rows that a stage trains on."""
+  return packing.pack(examples, cfg.seq_len, pad_id=tokenizer.pad_id)
 
 
 def make_heldout_loss(model, heldout: LMBatch, cfg: LanguageModelConfig):

@@ -1,8 +1,8 @@
 """Prompts to completions: one prefill, then a loop that ends early.
 
 1. The left-padded prompts run once and fill the cache.
-2. Each step draws one token a row. A row ends at `eos_id`, or at a stop id from
-   completion token `stop_after` on; the token that ended it belongs to the
+2. Each step draws one token a row. A row ends at an end id, or at a stop id
+   from completion token `stop_after` on; the token that ended it belongs to the
    completion. Ended rows hold `pad_id` and mask 0 from there on.
 3. The loop ends when every row has ended, at the latest after max_new_tokens.
 
@@ -36,6 +36,7 @@ class SamplingConfig:
     Both bound what is drawn; the logprobs stay those of the full distribution.
   greedy: argmax instead of a draw.
   eos_id: ends a completion anywhere; -1 if nothing does.
+  other_eos_ids: so do these; models for chats have several.
   stop_ids: end it from completion token `stop_after` (counted from 0) on, e.g.
     the id of "." with stop_after=16 (Ziegler et al., arXiv 1909.08593).
   pad_id: stands after the end; it may equal any other id, as masks are arrays.
@@ -48,6 +49,7 @@ class SamplingConfig:
   top_k: int = static(0)
   use_top_p: bool = static(False)
   greedy: bool = static(False)
+  other_eos_ids: tuple[int, ...] = static(())
   stop_ids: tuple[int, ...] = static(())
   stop_after: int = static(0)
   pad_id: int = static(0)
@@ -196,9 +198,13 @@ def _choose(logits, row_rngs, step, cfg: SamplingConfig) -> Int[Array, "B"]:
 
 
 def _ends(drawn, step, cfg: SamplingConfig) -> Bool[Array, "B"]:
-  ends = drawn == cfg.eos_id
+  ends = _is_any(drawn, (cfg.eos_id, *cfg.other_eos_ids))
   if cfg.stop_ids:
-    stop_ids = jnp.asarray(cfg.stop_ids, jnp.int32)
-    stops = jnp.any(drawn[:, None] == stop_ids[None], axis=-1)
+    stops = _is_any(drawn, cfg.stop_ids)
     ends = ends | (stops & (step >= cfg.stop_after))
   return ends
+
+
+def _is_any(drawn, ids: tuple[int, ...]) -> Bool[Array, "B"]:
+  ids = jnp.asarray(ids, jnp.int32)
+  return jnp.any(drawn[:, None] == ids[None], axis=-1)

@@ -193,6 +193,24 @@ def test_pad_equal_to_eos_changes_nothing_from_rollout_to_update():
   assert_trees_equal(*outcomes)
 
 
+def test_every_end_token_counts_as_an_end():
+  ends = (2, 5, 7)
+  rollout = small.sampled_rollout(pad_id=5, other_eos_ids=ends)
+  mask = np.asarray(rollout.completion_mask) == 1
+  real = np.where(mask, rollout.completions, -1)
+  ended = np.isin(real, (small.EOS, *ends)).any(axis=1)
+  by_others = np.isin(real, ends).any(axis=1)
+  assert 0 < by_others.sum() and not ended.all()
+  np.testing.assert_array_equal(rollout.ended, ended)
+  scored, metrics = _programs()[0](
+      _params(), _ref_params(), rollout, SCORE, KL_COEF, CFG
+  )
+  np.testing.assert_array_equal(
+      scored.score, np.where(ended, SCORE, CFG.missing_eos_score)
+  )
+  assert float(metrics["ppo/ended"].total) == ended.sum()
+
+
 def test_amount_of_padding_changes_nothing_in_scoring_and_update():
   rollout = small.sampled_rollout()
   # Two more columns before the prompts, three behind the completions.

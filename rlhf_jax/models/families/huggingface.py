@@ -172,7 +172,7 @@ def save_folder(
     *,
     family: str,
     kind: Kind = "policy",
-    token_ids: dict[str, int | None] | None = None,
+    token_ids: dict[str, int | list[int] | None] | None = None,
     max_file_bytes: int = tensor_files.MAX_FILE_BYTES,
 ) -> None:
   """Writes config.json and *.safetensors, which `transformers` loads.
@@ -180,7 +180,7 @@ def save_folder(
   Args:
     family: a model_type, see `family_names`.
     kind: what `params` are.
-    token_ids: bos, eos and pad, for config.json.
+    token_ids: bos, eos (one or several) and pad, for config.json.
     max_file_bytes: a file holds no more, unless one tensor does.
 
   Raises:
@@ -209,7 +209,7 @@ def _their_config(
     family: str,
     config: TransformerConfig,
     kind: Kind,
-    token_ids: dict[str, int | None],
+    token_ids: dict[str, int | list[int] | None],
 ) -> dict[str, Any]:
   import transformers  # pylint: disable=g-import-not-at-top
 

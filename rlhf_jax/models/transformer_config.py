@@ -161,7 +161,8 @@ class TransformerConfig:
 
   def _check_windows(self):
     full = self.full_attention_layers
-    if list(full) != sorted(set(full) & set(range(self.num_layers))):
+    inside = all(0 <= layer < self.num_layers for layer in full)
+    if list(full) != sorted(set(full)) or not inside:
       raise ValueError(
           f"full_attention_layers={full} must ascend within "
           f"0..num_layers-1={self.num_layers - 1}"

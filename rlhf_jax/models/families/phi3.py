@@ -32,6 +32,8 @@ def to_ours(hf: Fields) -> dict[str, Any]:
   """TransformerConfig fields."""
   # The first is of 'longrope' alone; `rope_parameters` has the second.
   hf.ignore("original_max_position_embeddings", "partial_rotary_factor")
+  hf.ignore("auto_map")  # code of its first release, which nothing runs
+  hf.require("attention_bias", False)
   return mistral.to_ours(hf)
 
 

@@ -80,11 +80,12 @@ def read_params(
     TensorFileError: a tensor is missing, too many, or of another shape; names
       file and tensor.
   """
-  names = _file_names(family, reader)
-  _refuse_extra(family, reader, names)
-  _check_tied_head(family, shapes, reader, names)
+  rows, names = rows_for(family, shapes), _file_names(family, reader)
+  _refuse_extra(family, rows, shapes, reader, names)
+  if "head/kernel" not in shapes:
+    _check_tied_head(family, reader, names)
   leaves = {}
-  for row in rows_for(family, shapes):
+  for row in rows:
     read = functools.partial(_read_one, row, reader, names, dtype)
     leaves |= _read_row(row, read, shapes, dtype, place)
   if _SCORE_BIAS in shapes:
@@ -107,14 +108,11 @@ def _file_names(family: ModuleType, reader: TensorReader) -> dict[str, str]:
 
 
 def _check_tied_head(
-    family: ModuleType,
-    shapes: dict[str, Shape],
-    reader: TensorReader,
-    names: dict[str, str],
+    family: ModuleType, reader: TensorReader, names: dict[str, str]
 ) -> None:
   """A head that is said to be the embedding and is in the file must be it."""
   name = f"{family.HEAD}.weight"
-  if "head/kernel" in shapes or name not in names:
+  if name not in names:
     return
   head, embedding = names[name], names.get(family.WEIGHTS[0].name)
   if embedding is None or not reader.are_equal(head, embedding):
@@ -125,14 +123,22 @@ def _check_tied_head(
 
 
 def _refuse_extra(
-    family: ModuleType, reader: TensorReader, names: dict[str, str]
+    family: ModuleType,
+    rows: tuple[Tensor, ...],
+    shapes: dict[str, Shape],
+    reader: TensorReader,
+    names: dict[str, str],
 ) -> None:
-  rows = [
-      re.escape(row.name).replace(r"\{\}", r"\d+") for row in family.WEIGHTS
-  ]
-  known = [*rows, *family.BUFFERS, rf"({family.HEAD}|{SCORE})\.weight"]
-  pattern = re.compile("|".join(f"(?:{x})" for x in known))
-  extra = [name for name in names if not pattern.fullmatch(name)]
+  """What the config has no place for: a layer too many, a bias, anything."""
+  known = {
+      row.name.format(*index)
+      for row in rows
+      for index in np.ndindex(*shapes[row.paths[0]][: row.num_indices])
+  }
+  if "head/kernel" not in shapes:
+    known.add(f"{family.HEAD}.weight")  # `_check_tied_head` sees to it
+  buffers = re.compile("|".join(family.BUFFERS) or r"\b\B")
+  extra = sorted(x for x in set(names) - known if not buffers.fullmatch(x))
   if extra:
     raise TensorFileError(
         f"{reader.file(names[extra[0]])}: tensor {names[extra[0]]} is none of "
@@ -170,8 +176,8 @@ def _read_row(
 
 
 def _put(x: np.ndarray, sharding: Any) -> jax.Array:
-  # A copy, and a finished one: the host's array is needed no longer.
-  return jax.device_put(x, sharding, may_alias=False).block_until_ready()
+  # To its end: until then the host's array is kept.
+  return jax.device_put(x, sharding).block_until_ready()
 
 
 @functools.partial(jax.jit, donate_argnums=0)

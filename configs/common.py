@@ -167,7 +167,8 @@ def language_model_training(
           ),
           sft=dict(z_loss_coef=0.0, num_microbatches=1),
           loop=loop(num_steps, best_metric="eval/loss", best_mode="min"),
-          samples=assistant_samples(),
+          # Room for the tokenizers of models from elsewhere, down to bytes.
+          samples=samples(max_prompt_length=80, max_completion_length=32),
           sample_prompts=source(ASSISTANT, 12),
       )
   )

@@ -55,7 +55,7 @@ setuptools.setup(
             "beartype>=0.20",
             "safetensors>=0.5",
         ],
-        "torch": ["torch>=2.4"],
+        "torch": ["torch>=2.4", "peft>=0.17"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],
         "cuda": ["jax[cuda13]>=0.10,<0.12"],
         "wandb": ["wandb>=0.17"],

@@ -116,6 +116,37 @@ def assistant_samples() -> ConfigDict:
   return samples(max_prompt_length=20, max_completion_length=32)
 
 
+def compute(**changes) -> ConfigDict:
+  """Models as they were saved, every layer's activations kept."""
+  cfg = ConfigDict(
+      dict(
+          dtype="",
+          param_dtype="",
+          remat=False,
+          scan_unroll=0,
+          head_chunk_size=128,
+          attention_backend="auto",
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
+def lora(rank: int = 0, **changes) -> ConfigDict:
+  """An adapter of that rank on frozen weights; 0 trains the weights."""
+  cfg = ConfigDict(
+      dict(
+          rank=rank,
+          alpha=16.0,
+          targets=("all-linear",),
+          dropout=0.0,
+          rank_stabilized=False,
+      )
+  )
+  cfg.update(changes)
+  return cfg
+
+
 def language_model_training(
     num_steps: int, learning_rate: float, warmup_steps: int, **changes
 ) -> ConfigDict:
@@ -185,6 +216,8 @@ def llama_like(
           param_dtype="float32",
           remat=False,
           scan_unroll=1,
+          head_chunk_size=128,
+          attention_backend="auto",
       )
   )
   cfg.update(changes)

@@ -45,6 +45,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           ptx_batch_size=0,
           ptx_seq_len=0,
           optimizer=common.optimizer(3e-4, schedule="linear", epsilon=1e-5),
+          compute=common.compute(),
+          lora=common.lora(),
           ppo=dict(
               temperature=1.0,
               kl_estimator="k1",

@@ -58,6 +58,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           reward=dict(
               center_coef=0.0, ranking_loss="pairwise", num_microbatches=1
           ),
+          compute=common.compute(),
+          lora=common.lora(),
           loop=common.loop(
               8 if smoke else 220, best_metric="eval/accuracy"
           ),

@@ -27,6 +27,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           ),
           train_on_prompt=False,
           too_long="drop",
+          compute=common.compute(),
+          lora=common.lora(),
           train=common.language_model_training(
               num_steps=8 if smoke else 350,
               learning_rate=1e-3,

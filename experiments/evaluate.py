@@ -26,6 +26,7 @@ from experiments.harness import (
     stage,
 )
 from experiments.harness.config import ConfigError
+from rlhf_jax.data import chat
 from rlhf_jax.evaluation import intervals, text, win_rate
 from rlhf_jax.types import PromptBatch
 
@@ -114,6 +115,7 @@ def complete(
       else None
   )
   _check_fits(config, policies, reward_model)
+  reader = _reading(config, policies, reader)
   prompts = _encode(config, policies, reader.prompts(config.prompts, "heldout"))
   judge = evaluator.make_judge(config.judge)
   reward_fn = reward_model and evaluator.make_reward_fn(reward_model)
@@ -153,6 +155,25 @@ def _check_fits(
           f"{config.ref_policy!r}: there is no KL between them; give "
           "ref_policy=''"
       )
+
+
+def _reading(
+    config: Config, policies: dict[str, models.Policy], reader: sources.Reader
+) -> sources.Reader:
+  """The reader with the policies' tokenizer.
+
+  Raises:
+    ConfigError: the policies would be asked in different ways.
+  """
+  tokenizers = [policy.tokenizer for policy in policies.values()]
+  if config.prompts.chat_template == chat.OWN and (
+      len({x.chat_template for x in tokenizers}) > 1
+  ):
+    raise ConfigError(
+        f"prompts.chat_template={chat.OWN!r}: the policies' tokenizers have "
+        "different chat templates; name one for all"
+    )
+  return dataclasses.replace(reader, tokenizer=tokenizers[0])
 
 
 def _encode(

@@ -2,9 +2,17 @@
 
     python -m experiments.export --model=runs/first/ppo --family=llama --to=OUT
 
-OUT then holds config.json, model.safetensors and the tokenizer's files, for
+OUT then holds config.json, model.safetensors, generation_config.json with all
+end tokens, and the tokenizer's files with its chat template, for
 `transformers`, vLLM and whatever else reads them. What was trained here from
 scratch is of the family llama; an imported model goes back to its own.
+
+    python -m experiments.export --adapter --model=runs/lora/sft \
+        --family=llama --to=OUT
+
+writes only what the stage trained with lora: adapter_config.json and
+adapter_model.safetensors, which `peft` loads onto the model that the stage
+started from.
 
 A reward model keeps the order and the differences of its scores in units of the
 reference policy's standard deviation: its gain goes into the head, its bias,
@@ -16,14 +24,17 @@ import pathlib
 from absl import app, flags, logging
 import jax
 
-from experiments.harness import cli, models
-from rlhf_jax.models.families import huggingface
+from experiments.harness import adapters, cli, models, stage
+from rlhf_jax.models.families import huggingface, peft_export, peft_modules
 
 _MODEL = flags.DEFINE_string("model", None, "The place of a model.")
 _FAMILY = flags.DEFINE_string("family", "llama", "Its model_type there.")
 _TO = flags.DEFINE_string("to", None, "The folder to write.")
 _KIND = flags.DEFINE_enum(
     "kind", "policy", ["policy", "reward_model"], "What the model is."
+)
+_ADAPTER = flags.DEFINE_bool(
+    "adapter", False, "Writes the adapter of a stage alone, for peft."
 )
 flags.mark_flags_as_required(["model", "to"])
 
@@ -33,7 +44,10 @@ def main(argv):
     raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
   cli.quiet_third_parties()
   with cli.told_errors():
-    export(_MODEL.value, _FAMILY.value, _TO.value, _KIND.value)
+    if _ADAPTER.value:
+      export_adapter(_MODEL.value, _FAMILY.value, _TO.value, _KIND.value)
+    else:
+      export(_MODEL.value, _FAMILY.value, _TO.value, _KIND.value)
     print(f"written: {_TO.value}")
 
 
@@ -54,7 +68,12 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
     params = _with_gain(model)
   tokenizer = model.tokenizer
   # config.json comes last: a folder without it is not taken for a whole one.
-  tokenizer.save(folder)
+  tokenizer.export(folder)
+  if kind == "reward_model" and not tokenizer.pad_is_safe:
+    logging.warning(
+        "export: the tokenizer has no token for padding alone, by which "
+        "transformers finds where a row ends: there it scores one row at a time"
+    )
   huggingface.save_folder(
       folder,
       model.config,
@@ -63,10 +82,45 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
       kind=kind,
       token_ids={
           "bos": tokenizer.bos_id,
-          "eos": tokenizer.eos_id,
-          "pad": tokenizer.pad_id,
+          "eos": _one_or_all(tokenizer.eos_ids),
+          "pad": tokenizer.pad_id if tokenizer.pad_is_safe else None,
       },
   )
+
+
+def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
+  """Writes the adapter that the stage at `place` trained to `folder`.
+
+  Raises:
+    cli.UserError: the folder holds an adapter already, or the adapter is a
+      reward model's: `peft` has no place for its head beside one.
+    FileNotFoundError: the stage trained no adapter.
+    huggingface.FamilyError: the family has no such projections.
+  """
+  if (pathlib.Path(folder) / peft_modules.CONFIG_FILE).exists():
+    raise cli.UserError(f"--to={folder}: holds an adapter already")
+  adapter = adapters.load(place)
+  if kind != "policy" or adapter.head is not None:
+    raise cli.UserError(
+        f"{place}: an adapter of a reward model cannot be written alone, as "
+        "its head has no place there; leave --adapter out"
+    )
+  started_from = stage.read_config(place)["init_from"]
+  is_theirs = started_from.startswith(models.HUGGING_FACE)
+  peft_export.save_adapter(
+      folder,
+      adapter.config,
+      adapter.params,
+      family=family,
+      base=models.load_policy(place).params,
+      base_name=(
+          started_from.removeprefix(models.HUGGING_FACE) if is_theirs else None
+      ),
+  )
+
+
+def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+  return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _with_gain(model: models.RewardModel):

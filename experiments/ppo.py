@@ -22,6 +22,7 @@ import jax.numpy as jnp
 import optax
 
 from experiments.harness import (
+    adapters,
     checks,
     cli,
     evaluator,
@@ -31,12 +32,14 @@ from experiments.harness import (
     sources,
     stage,
 )
+from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.fingerprint import fingerprint
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.generation import decode
-from rlhf_jax.models import functions, heads
+from rlhf_jax.models import functions, heads, lora
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.rewards.episodes import Episodes, RewardFn
 from rlhf_jax.types import LMBatch
@@ -54,6 +57,11 @@ class Config:
   value_network: 'separate', or a head on the policy's own trunk ('shared').
   value_init: 'reward_model' takes its trunk and head (separate only); 'policy'
     the policy's trunk with a fresh head; 'zero' the same with a zero head.
+  compute: how, see `harness/compute.py`.
+  lora: an adapter to train on the policy instead of it, and another one for a
+    separate value network, beside its head; of rank 0 for none. The policy's
+    weights then serve policy, reference policy and value network;
+    value_init='reward_model' needs a reward model with an adapter on them.
   rollout_batch_size: episodes an iteration, over all devices.
   samples: also fixes prompt and completion lengths; its temperature is that of
     evaluation, ppo.temperature that of training.
@@ -76,6 +84,8 @@ class Config:
   ptx_batch_size: int
   ptx_seq_len: int
   optimizer: optim.OptimizerConfig
+  compute: ComputeConfig
+  lora: lora.LoraConfig
   ppo: ppo.PPOConfig
   loop: loop.LoopConfig
   samples: evaluator.SampleConfig
@@ -114,6 +124,11 @@ class Config:
       raise ValueError(
           "value_init='reward_model' needs a reward_model; beside a rule take "
           "'policy' or 'zero'"
+      )
+    if self.lora.rank and self.lora.dropout:
+      raise ValueError(
+          f"lora.dropout={self.lora.dropout}: PPO's log-probs must be a "
+          "function of the params; set it to 0"
       )
     evaluator.check_judge(self.judge)
 
@@ -177,29 +192,37 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  policy = models.load_policy(config.init_from)
-  ref_policy = (
-      models.load_policy(config.ref_policy) if config.ref_policy else policy
-  )
   mesh = sharding.make_mesh(config.num_devices)
+  policy = models.load_policy(config.init_from, config.compute)
+  if config.lora.rank:
+    # The one base; nothing else holds its arrays from here on.
+    base = sharding.replicate(policy.params, mesh)
+    policy = dataclasses.replace(policy, params=base)
+  ref_policy = (
+      models.load_policy(config.ref_policy, config.compute)
+      if config.ref_policy
+      else policy
+  )
   reward_model = None
   if config.reward_rule:
     reward_fn = evaluator.load_reward_rule(config.reward_rule)
   else:
-    reward_model = models.load_reward_model(config.reward_model)
+    reward_model = models.load_reward_model(config.reward_model, config.compute)
     params = sharding.replicate(reward_model.params, mesh)
     reward_fn = evaluator.make_reward_fn(
         dataclasses.replace(reward_model, params=params)
     )
   _check_fits(config, policy, ref_policy, reward_model)
   rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
-  value_config, value_params = init_value(
+  value_config, params, frozen = init_params(
       config, policy, reward_model, rng_value
   )
+  frozen = sharding.replicate(frozen, mesh)
   tx = optim.make_optimizer(config.optimizer, config.num_updates)
 
   # ---- data ------------------------------------------------------------------
-  reader = sources.Reader(config.seed, out.dir / "skipped")
+  skipped_dir = out.dir / "skipped"
+  reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
   encode = lambda split, source: evaluator.encode_prompts(
       reader.prompts(source, split),
       policy.tokenizer,
@@ -207,7 +230,7 @@ def run(config: Config, workdir: str) -> None:
   )
   prompts = encode("train", config.prompts)
   heldout_prompts = encode("heldout", config.heldout_prompts)
-  ptx_rows = make_ptx_rows(config, policy, reader)
+  ptx_rows = make_ptx_rows(config, reader)
   make_batches = lambda rows, batch_size: iter(
       pipeline.make_dataset(rows, batch_size=batch_size, seed=config.seed)
   )
@@ -228,15 +251,13 @@ def run(config: Config, workdir: str) -> None:
   )
 
   def evaluate(state):
-    rows = sampler.rows(state.train.params["policy"])
+    rows = sampler.rows(frozen | state.train.params["policy"])
     return evaluator.averages(rows), rows[: config.num_logged_samples]
 
   # ---- loop ------------------------------------------------------------------
   # Copies: the state is donated, and the policy's and the reward model's own
   # arrays are still needed.
-  params = jax.tree.map(
-      jnp.copy, {"policy": policy.params, "value": value_params}
-  )
+  params = jax.tree.map(jnp.copy, params)
   state = ppo.create_ppo_state(
       sharding.replicate(params, mesh), tx, rng_state, config.ppo
   )
@@ -244,7 +265,7 @@ def run(config: Config, workdir: str) -> None:
       name="ppo",
       state=sharding.replicate(state, mesh),
       step=make_step(
-          config, policy, ref_policy, value_config, reward_fn, tx, mesh
+          config, policy, ref_policy, value_config, reward_fn, tx, mesh, frozen
       ),
       batches=batches,
       evaluate=evaluate,
@@ -257,16 +278,17 @@ def run(config: Config, workdir: str) -> None:
           "reference policy": ref_policy.params,
           "reward model": reward_model
           and (reward_model.params, reward_model.normalization),
+          **adapters.inputs(frozen),
       },
   )
   state = loop.run_loop(
       task, config.loop, workdir=str(out.dir), config=out.config
   )
+  trained = state.train.params["policy"]
+  params = adapters.merged(config.lora, frozen, trained)
+  adapters.save(out.dir, config.lora, frozen, trained)
   models.save_policy(
-      out.dir,
-      dataclasses.replace(
-          policy, params=jax.device_get(state.train.params["policy"])
-      ),
+      out.dir, dataclasses.replace(policy, params=jax.device_get(params))
   )
   out.finish(evaluate(state)[0])
 
@@ -279,42 +301,43 @@ def make_step(
     reward_fn: RewardFn,
     tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
+    frozen: dict[str, Any],
 ):
   """One iteration, (state, (prompts, ptx)) -> (state, metrics, evidence).
 
   Three programs, and between the first two whatever scores: it may be a model
   on the device or a function of the text on the host.
   """
-  policy_value_fn = functions.make_policy_value_fn(policy.config, value_config)
-  ref_logits_fn = functions.make_logits_fn(ref_policy.config)
+  model = functions.make_policy_value(policy.config, value_config)
+  ref_model = functions.make_language_model(ref_policy.config)
   generate = decode.make_generate(heads.LanguageModel(policy.config))
   ref_params = sharding.replicate(ref_policy.params, mesh)
   sampling = rollout_sampling(config, policy.tokenizer)
 
   @jax.jit
-  def rollout_step(state, batch, sampling):
+  def rollout_step(state, batch, sampling, frozen):
     rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
-    params = state.train.params["policy"]
+    params = frozen | state.train.params["policy"]
     return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
 
-  score_step = jax.jit(ppo.make_score_rollout(policy_value_fn, ref_logits_fn))
-  update_step = jax.jit(
-      ppo.make_ppo_update(policy_value_fn, tx), donate_argnums=0
-  )
+  score_step = jax.jit(ppo.make_score_rollout(model, ref_model))
+  update_step = jax.jit(ppo.make_ppo_update(model, tx), donate_argnums=0)
 
   def step(state, batch):
     prompt_batch, ptx = sharding.shard_rows(batch, mesh)
-    rollout = rollout_step(state, prompt_batch, sampling)
+    rollout = rollout_step(state, prompt_batch, sampling, frozen)
     score = jnp.asarray(reward_fn(Episodes(rollout, policy.tokenizer)))
     scored, metrics = score_step(
-        state.train.params,
+        frozen | state.train.params,
         ref_params,
         rollout,
         score,
         state.kl_coef,
         config.ppo,
     )
-    state, update_metrics = update_step(state, scored, ptx, config.ppo)
+    state, update_metrics = update_step(
+        state, scored, ptx, config.ppo, frozen
+    )
     evidence = {"scored": scored} | ({} if ptx is None else {"ptx": ptx})
     return state, metrics | update_metrics, evidence
 
@@ -335,6 +358,53 @@ def rollout_sampling(
       top_k=0,
       use_top_p=False,
   )
+
+
+def init_params(
+    config: Config,
+    policy: models.Policy,
+    reward_model: models.RewardModel | None,
+    rng: jax.Array,
+) -> tuple[TransformerConfig | None, dict[str, Any], dict[str, Any]]:
+  """(the value network's shape, what is trained, what is frozen beside it).
+
+  Raises:
+    ConfigError: see `init_value`, and if the value network is to start from a
+      reward model that has no adapter on the policy's own weights.
+  """
+  if not config.lora.rank:
+    value_config, value = init_value(config, policy, reward_model, rng)
+    return value_config, {"policy": policy.params, "value": value}, {}
+  rng_head, rng_policy, rng_value = jax.random.split(rng, 3)
+  value_config, value = init_value(config, policy, reward_model, rng_head)
+  if config.value_init == "reward_model":
+    value = {**_adapter_of_reward_model(config, policy), "head": value["head"]}
+  elif value_config is not None:
+    adapter = adapters.init(config.lora, policy.params, rng_value)
+    value = {**adapter, "head": value["head"]}
+  adapter = adapters.init(config.lora, policy.params, rng_policy)
+  frozen = adapters.freeze(config.lora, policy.params)
+  return value_config, {"policy": adapter, "value": value}, frozen
+
+
+def _adapter_of_reward_model(
+    config: Config, policy: models.Policy
+) -> dict[str, Any]:
+  try:
+    found = adapters.load(models.expand(config.reward_model))
+    same = found.base == fingerprint(policy.params["trunk"])
+  except FileNotFoundError:
+    same = False
+  if not same:
+    raise ConfigError(
+        f"value_init='reward_model' with lora.rank={config.lora.rank}: "
+        f"{config.reward_model} has no adapter on the weights of "
+        f"{config.init_from}, which the value network is to share. Train it "
+        "with lora from there, or take 'policy' or 'zero'"
+    )
+  # Its own alpha and rank may be others; there is one scale here.
+  factor = found.config.scale / config.lora.scale
+  return {"adapter": lora.rescale(found.params, factor)}
 
 
 def init_value(
@@ -375,21 +445,19 @@ def init_value(
   }
 
 
-def make_ptx_rows(
-    config: Config, policy: models.Policy, reader: sources.Reader
-) -> LMBatch | None:
+def make_ptx_rows(config: Config, reader: sources.Reader) -> LMBatch | None:
   """Packed pretraining text, or None without PTX."""
   if not config.ppo.ptx_coef:
     return None
   examples, report = encoding.encode_documents(
       reader.documents(config.ptx_documents, "train"),
-      policy.tokenizer,
+      reader.tokenizer,
       max_length=config.ptx_seq_len,
       policy="split",
   )
   logging.info("ppo: PTX documents: %s", report)
   return packing.pack(
-      examples, config.ptx_seq_len, pad_id=policy.tokenizer.pad_id
+      examples, config.ptx_seq_len, pad_id=reader.tokenizer.pad_id
   )
 
 

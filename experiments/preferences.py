@@ -76,7 +76,8 @@ def run(config: Config, workdir: str) -> None:
   if out.finished:
     return
   policy = models.load_policy(config.init_from)
-  reader = sources.Reader(config.seed, out.dir / "skipped")
+  skipped_dir = out.dir / "skipped"
+  reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
   summary = {}
   for i, (split, source) in enumerate((
       ("train", config.prompts),

@@ -10,6 +10,7 @@
 """
 
 import dataclasses
+import pathlib
 
 from absl import logging
 import jax
@@ -26,8 +27,9 @@ from rlhf_jax.models.transformer import TransformerConfig
 class TokenizerConfig:
   """Which tokenizer.
 
-  path: a folder in Hugging Face's layout or a sentencepiece file; '' trains a
-    byte-level BPE of vocab_size on the documents.
+  path: a stage's folder, such as experiments.train_tokenizer leaves; a folder
+    in Hugging Face's layout; or a sentencepiece file. '' trains a byte-level
+    BPE of vocab_size on the documents.
   """
 
   path: str
@@ -60,6 +62,20 @@ def run(config: Config, workdir: str) -> None:
   if out.finished:
     return
   reader = sources.Reader(config.train.seed, out.dir / "skipped")
+  tokenizer, examples, _ = make_examples(config, reader)
+  params = jax.jit(functions.init_language_model, static_argnums=1)(
+      jax.random.key(config.train.seed), config.model
+  )
+  policy = models.Policy(config.model, params, tokenizer)
+  language_model.train("pretrain", out, config.train, policy, examples)
+
+
+def make_examples(config: Config, reader: sources.Reader):
+  """What the stage learns from and is measured on.
+
+  Returns:
+    The tokenizer; and by split, the examples to pack and their LengthReport.
+  """
   documents = reader.documents(config.documents, "train")
   tokenizer = make_tokenizer(config.tokenizer, documents)
   if tokenizer.vocab_size != config.model.vocab_size:
@@ -67,20 +83,16 @@ def run(config: Config, workdir: str) -> None:
         f"the tokenizer has {tokenizer.vocab_size} tokens, and "
         f"model.vocab_size is {config.model.vocab_size}"
     )
-  examples = {}
+  examples, reports = {}, {}
   for split, texts in (
       ("train", documents),
       ("heldout", reader.documents(config.heldout_documents, "heldout")),
   ):
-    examples[split], report = encoding.encode_documents(
+    examples[split], reports[split] = encoding.encode_documents(
         texts, tokenizer, max_length=config.train.seq_len, policy="split"
     )
-    logging.info("pretrain: %s documents: %s", split, report)
-  params = jax.jit(functions.init_language_model, static_argnums=1)(
-      jax.random.key(config.train.seed), config.model
-  )
-  policy = models.Policy(config.model, params, tokenizer)
-  language_model.train("pretrain", out, config.train, policy, examples)
+    logging.info("pretrain: %s documents: %s", split, reports[split])
+  return tokenizer, examples, reports
 
 
 def make_tokenizer(cfg: TokenizerConfig, documents: list[str]) -> Tokenizer:
@@ -90,6 +102,8 @@ def make_tokenizer(cfg: TokenizerConfig, documents: list[str]) -> Tokenizer:
   path = models.expand(cfg.path)
   if path.endswith(".model"):
     return Tokenizer.from_sentencepiece(path)
+  if (pathlib.Path(path) / "tokenizer").is_dir():
+    return models.load_tokenizer(path)
   return Tokenizer.from_pretrained_folder(path)
 
 

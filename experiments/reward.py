@@ -7,7 +7,8 @@
      comparisons: accuracy with its interval, calibration.
   3. A gain and a bias are fitted so that the reference policy's completions
      score mean 0 and standard deviation 1.
-  4. Leaves DIR/model, DIR/tokenizer and DIR/calibration.json.
+  4. Leaves DIR/model, DIR/tokenizer and DIR/calibration.json; with an adapter,
+     merged, and DIR/adapter beside them.
 """
 
 from collections.abc import Callable
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import (
+    adapters,
     checks,
     cli,
     evaluator,
@@ -29,6 +31,7 @@ from experiments.harness import (
     sources,
     stage,
 )
+from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, pipeline
@@ -38,6 +41,7 @@ from rlhf_jax.evaluation import intervals, preference_accuracy
 from rlhf_jax.generation import decode
 from rlhf_jax.losses import preference
 from rlhf_jax.models import functions, heads
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.rewards.episodes import Episodes
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PreferenceBatch, RankingBatch, ScoreNormalization
@@ -51,6 +55,9 @@ class Config:
 
   heldout: comparisons that training never sees; the same source as
     comparisons, if each uses its share of it.
+  compute: how, see `harness/compute.py`.
+  lora: an adapter to train instead of the trunk, of rank 0 for none; the head
+    is trained either way.
   normalize_on: what the reference policy (ref_policy, a place) completes to fit
     the score's gain and bias; ref_policy '' fits them on held-out chosen and
     rejected completions instead.
@@ -67,6 +74,8 @@ class Config:
   batch_size: int
   num_devices: int
   optimizer: optim.OptimizerConfig
+  compute: ComputeConfig
+  lora: LoraConfig
   reward: reward_update.RewardConfig
   loop: loop.LoopConfig
   normalize_on: sources.SourceConfig
@@ -95,13 +104,14 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  policy = models.load_policy(config.init_from)
+  policy = models.load_policy(config.init_from, config.compute)
   _check_fits(config, policy)
-  reader = sources.Reader(config.seed, out.dir / "skipped")
-  train, _ = encode(
+  skipped_dir = out.dir / "skipped"
+  reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
+  train, _, _ = encode(
       config, policy.tokenizer, reader.comparisons(config.comparisons, "train")
   )
-  heldout, heldout_records = encode(
+  heldout, heldout_records, _ = encode(
       config, policy.tokenizer, reader.comparisons(config.heldout, "heldout")
   )
   if not ordered_margins(np.zeros(heldout.tokens.shape[:2]), heldout)[0].size:
@@ -115,9 +125,7 @@ def run(config: Config, workdir: str) -> None:
   rng_state, rng_head, rng_samples = jax.random.split(
       jax.random.key(config.seed), 3
   )
-  params = heads.scalar_from_language_model(
-      policy.params, rng_head, policy.config, zero_head=False
-  )
+  params, frozen = _init_params(config, policy, rng_head, mesh)
   tx = optim.make_optimizer(config.optimizer, config.loop.num_steps)
   score_fn = functions.make_score_fn(policy.config)
   update = jax.jit(
@@ -126,7 +134,7 @@ def run(config: Config, workdir: str) -> None:
 
   def step(state, batch):
     batch = sharding.shard_rows(batch, mesh)
-    state, metrics = update(state, batch, config.reward)
+    state, metrics = update(state, batch, config.reward, frozen)
     return state, metrics, batch
 
   scorer = BatchScorer(score_fn, config.batch_size)
@@ -144,41 +152,71 @@ def run(config: Config, workdir: str) -> None:
       ),
       evaluate=lambda state: (
           evaluate(
-              scorer.scores(state.params, heldout), heldout, config.reward
+              scorer.scores(frozen | state.params, heldout),
+              heldout,
+              config.reward,
           ),
           [],
       ),
       skipped_steps=lambda state: state.skipped_steps,
-      inputs={"comparisons": train, "held-out comparisons": heldout},
+      inputs={
+          "comparisons": train,
+          "held-out comparisons": heldout,
+          **adapters.inputs(frozen),
+      },
   )
   state = loop.run_loop(
       task, config.loop, workdir=str(out.dir), config=out.config
   )
 
-  heldout_scores = scorer.scores(state.params, heldout)
+  heldout_scores = scorer.scores(frozen | state.params, heldout)
+  params = adapters.merged(config.lora, frozen, state.params)
   if sample_reference is None:
     scores = completion_scores(heldout_scores, heldout)
   else:
     one = ScoreNormalization(gain=jnp.float32(1), bias=jnp.float32(0))
     scores = evaluator.make_reward_fn(
-        models.RewardModel(policy.config, state.params, one, policy.tokenizer)
+        models.RewardModel(policy.config, params, one, policy.tokenizer)
     )(sample_reference(rng_samples))
   normalization = _fit_normalization(jnp.asarray(scores))
   report = make_calibration(
       heldout_scores, heldout, heldout_records, config.seed
   )
   stage.write_json(out.dir / "calibration.json", report)
+  adapters.save(out.dir, config.lora, frozen, state.params)
   models.save_reward_model(
       out.dir,
       models.RewardModel(
           policy.config,
-          jax.device_get(state.params),
+          jax.device_get(params),
           normalization,
           policy.tokenizer,
       ),
   )
   logging.info("reward: held-out accuracy %s", report["accuracy"])
   out.finish({name: report[name] for name in ("accuracy", "num_pairs")})
+
+
+def _init_params(
+    config: Config,
+    policy: models.Policy,
+    rng: jax.Array,
+    mesh: jax.sharding.Mesh,
+) -> tuple[dict[str, Any], dict[str, Any]]:
+  """(what is trained, what is frozen beside it) of a fresh reward model."""
+  if not config.lora.rank:
+    params = heads.scalar_from_language_model(
+        policy.params, rng, policy.config, zero_head=False
+    )
+    return params, {}
+  rng_head, rng_adapter = jax.random.split(rng)
+  base = {"trunk": sharding.replicate(policy.params["trunk"], mesh)}
+  width, dtype = policy.config.width, policy.config.param_dtype
+  params = {
+      **adapters.init(config.lora, base, rng_adapter),
+      "head": heads.scalar_head_init(rng_head, width, False, dtype),
+  }
+  return params, sharding.replicate(adapters.freeze(config.lora, base), mesh)
 
 
 class BatchScorer:
@@ -305,8 +343,8 @@ def make_calibration(
 
 def encode(
     config: Config, tokenizer: Tokenizer, comparisons: list
-) -> tuple[PreferenceBatch | RankingBatch, list]:
-  """Rows of tokens, and of the records those that were short enough."""
+) -> tuple[PreferenceBatch | RankingBatch, list, encoding.LengthReport]:
+  """Rows of tokens, of the records those that were short enough, the counts."""
   is_ranking = isinstance(comparisons[0], Ranking)
   encode_records = (
       encoding.encode_rankings if is_ranking else encoding.encode_comparisons
@@ -320,7 +358,8 @@ def encode(
   )
   logging.info("reward: comparisons: %s", report)
   dropped = set(report.dropped)
-  return batch, [x for i, x in enumerate(comparisons) if i not in dropped]
+  kept = [x for i, x in enumerate(comparisons) if i not in dropped]
+  return batch, kept, report
 
 
 def _fit_normalization(scores: jax.Array) -> ScoreNormalization:
@@ -347,6 +386,7 @@ def make_reference_sampler(
   checks.check_samples_fit(
       config.samples, {"reference policy": ref_policy}, policy
   )
+  reader = dataclasses.replace(reader, tokenizer=ref_policy.tokenizer)
   prompts = evaluator.encode_prompts(
       reader.prompts(config.normalize_on, "train"),
       ref_policy.tokenizer,

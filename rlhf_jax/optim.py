@@ -110,7 +110,7 @@ def schedule_shape(cfg: OptimizerConfig, num_steps: int) -> optax.Schedule:
 def _is_decayed(path, _) -> bool:
   # By name and not by rank: layers are stacked, so that a norm's scale is a
   # matrix too.
-  return path[-1].key.endswith(("kernel", "embedding"))
+  return path[-1].key.endswith(("kernel", "embedding", "lora_a", "lora_b"))
 
 
 def make_optimizer(

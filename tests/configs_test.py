@@ -16,8 +16,12 @@ from experiments.harness import config as config_lib
 from experiments.harness.config import ConfigError, from_config
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
-STAGES = ("pretrain", "sft", "preferences", "reward", "ppo", "evaluate", "rlhf")
+STAGES = (
+    "train_tokenizer", "pretrain", "sft", "preferences", "reward", "ppo",
+    "evaluate", "rlhf",
+)
 ARGS = {
+    "train_tokenizer": ("full", "smoke", "chat"),
     "pretrain": ("full", "smoke"),
     "sft": ("full", "smoke"),
     "preferences": ("full", "smoke", "ranking"),

@@ -19,6 +19,7 @@ from experiments.harness import config as config_lib
 from experiments.harness import loop
 from rlhf_jax import checkpoint
 from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
+from rlhf_jax.models import lora
 from rlhf_jax.models.families import hf_config, tensor_files
 from rlhf_jax.rewards import episodes
 
@@ -40,6 +41,7 @@ _EXPECTED = (
     episodes.RuleError,
     tokenizer.TokenizerError,
     hf_config.FamilyError,
+    lora.LoraError,
     tensor_files.TensorFileError,
     loop.NonFiniteError,
     OSError,  # Files and folders that are not there, or not ours to use.
@@ -65,10 +67,10 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
           config_lib.from_config(config_class, config_file.value), workdir.value
       )
 
-  app.run(main, flags_parser=_parse_flags)
+  app.run(main, flags_parser=parse_flags)
 
 
-def _parse_flags(argv: list[str]) -> list[str]:
+def parse_flags(argv: list[str]) -> list[str]:
   """absl's parsing, after what it would end in a traceback was looked for."""
   with told_errors():
     check_config_flags(argv)

@@ -93,6 +93,7 @@ class SampleConfig:
         top_p=self.top_p,
         use_top_p=self.top_p < 1,
         eos_id=tokenizer.eos_id,
+        other_eos_ids=tokenizer.eos_ids[1:],
         stop_ids=tuple(stop_ids),
         stop_after=self.stop_after,
         pad_id=tokenizer.pad_id,
@@ -255,8 +256,8 @@ class Evaluator:
     if ref_policy is not None:
       self._kl = jax.jit(
           policy_kl.make_episode_kl(
-              functions.make_logits_fn(policy_config),
-              functions.make_logits_fn(ref_policy.config),
+              functions.make_language_model(policy_config),
+              functions.make_language_model(ref_policy.config),
           )
       )
 
@@ -359,8 +360,18 @@ def encode_prompts(
     encoding.LengthError: if one is too long and `cfg.too_long` is 'error', or
       none is left.
   """
+  batch, report = count_prompts(prompts, tokenizer, cfg)
+  if report.num_dropped or report.num_truncated:
+    logging.info("prompts: %s", report)
+  return batch
+
+
+def count_prompts(
+    prompts: list, tokenizer: Tokenizer, cfg: SampleConfig
+) -> tuple[PromptBatch, encoding.LengthReport]:
+  """`encode_prompts`, and what became of those that are too long."""
   try:
-    batch, report = encoding.encode_prompts(
+    return encoding.encode_prompts(
         prompts,
         tokenizer,
         max_prompt_length=cfg.max_prompt_length,
@@ -371,6 +382,3 @@ def encode_prompts(
         f"max_prompt_length={cfg.max_prompt_length}, any start token included,"
         f" is too short for a prompt: {error}"
     ) from error
-  if report.num_dropped or report.num_truncated:
-    logging.info("prompts: %s", report)
-  return batch

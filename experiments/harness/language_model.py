@@ -5,7 +5,6 @@ start; this is what they share.
 """
 
 import dataclasses
-import functools
 from typing import Any
 
 from absl import logging
@@ -14,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.harness import (
+  adapters,
   checks,
   evaluator,
   loop,
@@ -25,12 +25,15 @@ from experiments.harness.config import ConfigError
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing, pipeline
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
+from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import sft
 
 _METRIC_PREFIX = "sft/"
+NO_ADAPTER = LoraConfig(rank=0, alpha=1.0, targets=())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -99,17 +102,20 @@ def train(
     cfg: LanguageModelConfig,
     policy: models.Policy,
     examples: dict[str, list[packing.Example]],
+    adapter: LoraConfig = NO_ADAPTER,
 ) -> models.Policy:
   """Trains `policy` on examples['train'], evaluates on examples['heldout'].
 
   Saves the result in the stage's folder and marks the stage as finished.
+
+  Args:
+    adapter: trained on the policy instead of the policy, if its rank is not 0.
   """
   _check_fits(cfg, policy)
   tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.num_devices)
-  pack = functools.partial(
-      packing.pack, length=cfg.seq_len, pad_id=tokenizer.pad_id
+  rows, heldout = (
+      pack(cfg, tokenizer, examples[split]) for split in ("train", "heldout")
   )
-  rows, heldout = pack(examples["train"]), pack(examples["heldout"])
   logging.info(
       "%s: %d examples packed into %d rows of %d tokens, %.1f%% filled",
       name,
@@ -119,18 +125,22 @@ def train(
       100 * (rows.segment_ids > 0).mean(),
   )
   tx = optim.make_optimizer(cfg.optimizer, cfg.loop.num_steps)
-  logits_fn = functions.make_logits_fn(policy.config)
-  update = jax.jit(sft.make_sft_update(logits_fn, tx), donate_argnums=0)
-  state = create_train_state(
-      sharding.replicate(policy.params, mesh), tx, jax.random.key(cfg.seed)
-  )
+  model = functions.make_language_model(policy.config)
+  update = jax.jit(sft.make_sft_update(model, tx), donate_argnums=0)
+  params = sharding.replicate(policy.params, mesh)
+  rng = jax.random.key(cfg.seed)
+  frozen = sharding.replicate(adapters.freeze(adapter, params), mesh)
+  if frozen:
+    rng, rng_adapter = jax.random.split(rng)
+    params = adapters.init(adapter, params, rng_adapter)
+  state = create_train_state(sharding.replicate(params, mesh), tx, rng)
 
   def step(state, batch):
     batch = sharding.shard_rows(batch, mesh)
-    state, metrics = update(state, batch, cfg.sft)
+    state, metrics = update(state, batch, cfg.sft, frozen)
     return state, _renamed(metrics, name), batch
 
-  prompts = sources.Reader(cfg.seed, out.dir / "skipped").prompts(
+  prompts = sources.Reader(cfg.seed, out.dir / "skipped", tokenizer).prompts(
       cfg.sample_prompts, "heldout"
   )
   sampler = evaluator.Evaluator(
@@ -143,7 +153,7 @@ def train(
       seed=cfg.seed,
       batch_size=len(prompts),
   )
-  heldout_loss = make_heldout_loss(logits_fn, heldout, cfg)
+  heldout_loss = make_heldout_loss(model, heldout, cfg)
   task = loop.Task(
       name=name,
       state=sharding.replicate(state, mesh),
@@ -154,28 +164,41 @@ def train(
           )
       ),
       evaluate=lambda state: (
-          heldout_loss(state.params),
-          sampler.rows(state.params),
+          heldout_loss(frozen | state.params),
+          sampler.rows(frozen | state.params),
       ),
       skipped_steps=lambda state: state.skipped_steps,
-      inputs={"training data": rows, "held-out data": heldout},
+      inputs={
+          "training data": rows,
+          "held-out data": heldout,
+          **adapters.inputs(frozen),
+      },
   )
   state = loop.run_loop(
       task, cfg.loop, workdir=str(out.dir), config=out.config
   )
-  trained = dataclasses.replace(policy, params=jax.device_get(state.params))
+  params = adapters.merged(adapter, frozen, state.params)
+  trained = dataclasses.replace(policy, params=jax.device_get(params))
+  adapters.save(out.dir, adapter, frozen, state.params)
   models.save_policy(out.dir, trained)
-  out.finish(heldout_loss(state.params))
+  out.finish(heldout_loss(frozen | state.params))
   return trained
 
 
-def make_heldout_loss(logits_fn, heldout: LMBatch, cfg: LanguageModelConfig):
+def pack(
+    cfg: LanguageModelConfig, tokenizer: Tokenizer, examples: list
+) -> LMBatch:
+  """The rows that a stage trains on."""
+  return packing.pack(examples, cfg.seq_len, pad_id=tokenizer.pad_id)
+
+
+def make_heldout_loss(model, heldout: LMBatch, cfg: LanguageModelConfig):
   """Returns params -> {'eval/loss', 'eval/token_accuracy'} over all rows."""
 
   @jax.jit
   def measure(params, batch):
     one = jnp.ones((), jnp.float32)
-    return sft.sft_objective(params, batch, logits_fn, cfg.sft, one)[1]
+    return sft.sft_objective(params, batch, model, cfg.sft, one)[1]
 
   batches = list(padded_batches(heldout, cfg.batch_size))
 

@@ -18,7 +18,6 @@ A stage gives it `step(state, batch) -> (state, metrics, evidence)`, where
 
 from collections.abc import Callable
 import dataclasses
-import hashlib
 import pathlib
 import sys
 import time
@@ -30,6 +29,7 @@ import numpy as np
 import tqdm
 
 from experiments.harness.config import ConfigError
+from experiments.harness.fingerprint import fingerprint
 from experiments.harness.metric_writer import MetricWriter
 from experiments.harness.stage import FREE_FIELDS
 from rlhf_jax import checkpoint
@@ -138,7 +138,7 @@ def run_loop(
       config=config,
       free_fields=FREE_FIELDS,
   )
-  fingerprints = {name: _fingerprint(x) for name, x in task.inputs.items()}
+  fingerprints = {name: fingerprint(x) for name, x in task.inputs.items()}
   try:
     start = _restore(task, fingerprints, checkpointer, writer, workdir)
     _Loop(task, fingerprints, cfg, workdir, writer, checkpointer).run(start)
@@ -147,16 +147,6 @@ def run_loop(
     checkpointer.close()
     writer.close()
   return task.state
-
-
-def _fingerprint(tree: Any) -> str:
-  """A hash of names, shapes, dtypes and contents."""
-  found = hashlib.sha256()
-  for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-    array = np.asarray(leaf)
-    found.update(f"{path} {array.shape} {array.dtype}\n".encode())
-    found.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-  return found.hexdigest()
 
 
 def _restore(

@@ -6,8 +6,10 @@
 A place is such a stage folder; `FOLDER@STEP`, `FOLDER@last` or `FOLDER@best`
 (by the stage's `loop.best_metric`) for the policy in one of its checkpoints,
 also of a stage that has not ended; `hf:FOLDER` for a model in Hugging Face's
-layout, with its tokenizer; or `llama2c:MODEL.bin:TOKENIZER.model` for a model
-in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a place or
+layout, with its tokenizer; `peft:ADAPTER:hf:FOLDER` for such a model with a
+LoRA adapter in the layout of the package `peft` merged into it; or
+`llama2c:MODEL.bin:TOKENIZER.model` for a model in llama2.c's format with its
+sentencepiece tokenizer. `${NAME}` in a place or
 source stands for an environment variable, `@run/` for the folder that holds a
 run's stages.
 """
@@ -21,15 +23,20 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from experiments.harness import compute as compute_lib
 from experiments.harness import config as config_lib
+from experiments.harness.compute import ComputeConfig
+from experiments.harness.config import ConfigError
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.models.families import huggingface, llama2c
+from rlhf_jax.models import lora
+from rlhf_jax.models.families import huggingface, llama2c, peft_folder
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import ScoreNormalization
 
 LLAMA2C = "llama2c:"
 HUGGING_FACE = "hf:"
+PEFT = re.compile(r"peft:(.+):(hf:.+)")
 RUN = "@run/"
 # Any other @ is part of a path.
 CHECKPOINT = re.compile(r"(.+)@(\d+|last|best)")
@@ -84,13 +91,21 @@ def save_policy(folder: pathlib.Path, policy: Policy) -> None:
   )
 
 
-def load_policy(place: str) -> Policy:
+def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
   """Reads a policy; see the module's docstring for the places.
 
+  Args:
+    compute: how the stage computes with it; None is as it was saved.
+
   Raises:
+    ConfigError: it cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
+  return _with_compute(place, _load_policy(place), compute)
+
+
+def _load_policy(place: str) -> Policy:
   place = expand(place)
   if place.startswith(LLAMA2C):
     model_path, _, tokenizer_path = place.removeprefix(LLAMA2C).partition(":")
@@ -101,28 +116,79 @@ def load_policy(place: str) -> Policy:
     tokenizer = Tokenizer.from_sentencepiece(tokenizer_path)
     _check_vocabulary(place, config, tokenizer)
     return Policy(config, params, tokenizer)
+  if match := PEFT.fullmatch(place):
+    return _load_peft(*match.groups())
   if match := CHECKPOINT.fullmatch(place):
     return _load_checkpoint(place, *match.groups())
   config, params, tokenizer, _ = _load(place, "policy")
   return Policy(config, params, tokenizer)
 
 
-def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
+def _load_peft(adapter_folder: str, place: str) -> Policy:
+  policy = load_policy(place)
+  family = huggingface.family_of(place.removeprefix(HUGGING_FACE))
+  try:
+    config, adapter = peft_folder.load_adapter(
+        adapter_folder, family, policy.params
+    )
+  except lora.LoraError as error:
+    raise checkpoint.CheckpointError(f"{adapter_folder}: {error}") from error
+  params = lora.merge(policy.params, adapter, config.scale)
+  return dataclasses.replace(policy, params=params)
+
+
+def load_tokenizer(place: str) -> Tokenizer:
+  """The tokenizer of the model at a place, without the model.
+
+  Raises:
+    FileNotFoundError: none is there.
+    TokenizerError: it is damaged.
+  """
+  place = expand(place)
+  if place.startswith(LLAMA2C):
+    return Tokenizer.from_sentencepiece(
+        place.removeprefix(LLAMA2C).partition(":")[2]
+    )
+  if match := PEFT.fullmatch(place):
+    place = match[2]
+  if place.startswith(HUGGING_FACE):
+    return Tokenizer.from_pretrained_folder(place.removeprefix(HUGGING_FACE))
+  if match := CHECKPOINT.fullmatch(place):
+    return load_tokenizer(_shape_of(place, match[1]))
+  folder = pathlib.Path(place) / "tokenizer"
+  if not folder.is_dir():
+    raise FileNotFoundError(
+        f"{place} holds no tokenizer ({folder} is not there); name the workdir "
+        "of a stage that ended"
+    )
+  return Tokenizer.load(folder)
+
+
+def _shape_of(place: str, stage: str) -> str:
+  """What has the shape and the tokenizer of a stage's checkpoints."""
   path = pathlib.Path(stage) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{stage} is not the folder of a stage")
   config = json.loads(path.read_text(encoding="utf-8"))
-  if (pathlib.Path(stage) / "model").is_dir():
-    policy = load_policy(stage)
-  else:
-    # Not ended: it has the shape and the tokenizer of what it started from.
-    if not config.get("init_from"):
-      raise FileNotFoundError(
-          f"{place}: a stage that starts from nothing has no tokenizer on disk "
-          "before it ends"
-      )
-    beside = f"{pathlib.Path(stage).resolve().parent}/"
-    policy = load_policy(config["init_from"].replace(RUN, beside))
+  is_whole = _adapter_config(config) is None
+  if (pathlib.Path(stage) / "model").is_dir() and is_whole:
+    return stage
+  # Not ended: it has the shape and the tokenizer of what it started from. An
+  # adapter has its base from there, ended or not.
+  if not config.get("init_from"):
+    raise FileNotFoundError(
+        f"{place}: a stage that starts from nothing has no tokenizer on disk "
+        "before it ends"
+    )
+  beside = f"{pathlib.Path(stage).resolve().parent}/"
+  return config["init_from"].replace(RUN, beside)
+
+
+def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
+  policy = load_policy(_shape_of(place, stage))
+  path = pathlib.Path(stage) / "config.json"
+  config = json.loads(path.read_text(encoding="utf-8"))
+  adapter = _adapter_config(config)
   # Language models have their loop in the section that they share.
   loop = config.get("train", config)["loop"]
   if which == "best" and not loop["best_metric"]:
@@ -137,7 +203,15 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
       best_metric=loop["best_metric"],
       best_mode=loop["best_mode"],
   )
+  if adapter is not None:
+    params = lora.merge(policy.params, params["adapter"], adapter.scale)
   return dataclasses.replace(policy, params=params)
+
+
+def _adapter_config(stage_config: dict[str, Any]) -> lora.LoraConfig | None:
+  if "lora" not in stage_config or not stage_config["lora"]["rank"]:
+    return None
+  return config_lib.from_config(lora.LoraConfig, stage_config["lora"], "lora")
 
 
 def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
@@ -155,22 +229,41 @@ def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
   )
 
 
-def load_reward_model(place: str) -> RewardModel:
+def load_reward_model(
+    place: str, compute: ComputeConfig | None = None
+) -> RewardModel:
   """Reads a reward model from the folder of a reward stage.
 
+  Args:
+    compute: how the stage computes with it; None is as it was saved.
+
   Raises:
+    ConfigError: it cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
   place = expand(place)
   config, params, tokenizer, extra = _load(place, "reward_model")
-  return RewardModel(
+  model = RewardModel(
       config=config,
       params=params,
       normalization=ScoreNormalization(
           gain=jnp.float32(extra["gain"]), bias=jnp.float32(extra["bias"])
       ),
       tokenizer=tokenizer,
+  )
+  return _with_compute(place, model, compute)
+
+
+def _with_compute(place: str, model: Any, compute: ComputeConfig | None):
+  if compute is None:
+    return model
+  try:
+    config = compute.changed(model.config)
+  except ValueError as error:
+    raise ConfigError(f"compute: {place}: {error}") from error
+  return dataclasses.replace(
+      model, config=config, params=compute_lib.cast(model.params, config)
   )
 
 

@@ -11,12 +11,15 @@ from typing import Any
 
 from experiments.harness import evaluator, models, sources
 from experiments.harness.config import ConfigError
-from rlhf_jax.data import readers
+from rlhf_jax.data import chat, readers
 from rlhf_jax.rewards.episodes import RuleError
 
 # Fields that name a model; '' in the others is for none.
 _PLACES = ("init_from", "ref_policy", "reward_model")
 _REQUIRED = ("init_from",)
+_TOLD = (
+    OSError, ConfigError, RuleError, readers.ReadError, chat.ChatTemplateError
+)
 
 
 def problems(path: str, section: Any) -> Iterator[str]:
@@ -26,7 +29,7 @@ def problems(path: str, section: Any) -> Iterator[str]:
       continue
     try:
       check(name)
-    except (OSError, ConfigError, RuleError, readers.ReadError) as error:
+    except _TOLD as error:
       yield f"{field}: {error}"
 
 
@@ -34,6 +37,7 @@ def _named(path: str, section: Any) -> Iterator[tuple[str, Any, str]]:
   """(field path, what checks it, its value)."""
   if isinstance(section, sources.SourceConfig):
     yield f"{path}.source", _check_source, section.source
+    yield f"{path}.chat_template", _check_template, section.chat_template
     return
   # The evaluation's policies have names, its ref_policy is one of them.
   places = getattr(section, "places", None)
@@ -65,6 +69,9 @@ def _check_place(place: str) -> None:
   if place.startswith(models.LLAMA2C):
     for path in place.removeprefix(models.LLAMA2C).partition(":")[::2]:
       _check_file(path)
+  elif match := models.PEFT.fullmatch(place):
+    _check_file(f"{match[1]}/adapter_config.json")
+    _check_place(match[2])
   elif place.startswith(models.HUGGING_FACE):
     folder = place.removeprefix(models.HUGGING_FACE)
     _check_file(f"{folder}/config.json")
@@ -88,6 +95,11 @@ def _check_source(source: str) -> None:
     _check_file(path.rpartition(":")[0])
   elif not source.startswith(readers.TFDS_PREFIX):
     readers.resolve_files(path if kind in ("gsm8k", "oasst") else source)
+
+
+def _check_template(choice: str) -> None:
+  if choice != chat.OWN:  # which a tokenizer has or has not
+    chat.make_template(choice)
 
 
 def _check_exists(path: str) -> None:

@@ -7,7 +7,9 @@
     polarity:ZIP:HALF      film sentences as comparisons, half 0 or 1
     gsm8k:PATH             GSM8K's file, as demonstrations
     oasst:PATH             Open Assistant's trees, as rankings
-    anything else          JSONL (gz too): a path or glob, or tfds:NAME
+    anything else          JSONL (gz too): a path or glob, or tfds:NAME; for
+                           text to pretrain on, named .jsonl or .jsonl.gz, of
+                           {"text"} or demonstrations
 
 One file can serve training and evaluation: `use` says whether a stage gets its
 share of the records or all of them. How many it got is logged. Records of one
@@ -29,14 +31,16 @@ import zlib
 from absl import logging
 
 from experiments.harness.models import expand
-from rlhf_jax.data import publishers, readers, records
+from rlhf_jax.data import chat, publishers, readers, records
 from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking
+from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.worlds import assistant
 
 ASSISTANT = "world:assistant"
 _HELDOUT_EVERY = 10
 # Sources that are no records, so that none of them can be passed over.
 _NO_RECORDS = ("world", "stories", "text", "polarity", "gsm8k", "oasst")
+_JSONL = re.compile(rf"^{readers.TFDS_PREFIX}|\.jsonl(\.gz)?$")
 _SENTENCE_END = re.compile(r"(?<=[.!?]) ")
 
 
@@ -50,7 +54,8 @@ class SourceConfig:
     training gets the others, evaluation those. 'all' gives either everything,
     for files that were divided already. A world is divided by itself.
   on_error: 'raise' stops at the first bad record, 'skip' writes it down.
-  chat_template: how {messages} become text: 'plain', 'hh' or a Jinja string.
+  chat_template: how {messages} become text: 'plain', 'hh', 'tokenizer' for the
+    tokenizer's own, a .jinja file or a Jinja string.
   """
 
   source: str
@@ -79,10 +84,13 @@ class Reader:
 
   seed: of what a world makes up and of random pairings.
   skipped_dir: where passed-over records go.
+  tokenizer: what reads the records; without it a chat template knows no special
+    tokens, and there is no 'tokenizer' template.
   """
 
   seed: int
   skipped_dir: pathlib.Path
+  tokenizer: Tokenizer | None = None
 
   def documents(self, cfg: SourceConfig, split: str) -> list[str]:
     """Text to pretrain on."""
@@ -90,7 +98,10 @@ class Reader:
       # Held-out documents are other draws of the same source.
       seed = self.seed if split == "train" else self.seed + 1_000_003
       return assistant.corpus(seed, cfg.limit)
-    return _used(_documents(expand(cfg.source)), split, cfg)
+    source = expand(cfg.source)
+    if _JSONL.search(source):
+      return _used(self._record_texts(source, cfg), split, cfg)
+    return _used(_documents(source), split, cfg)
 
   def demonstrations(
       self, cfg: SourceConfig, split: str
@@ -140,22 +151,37 @@ class Reader:
       mine = whole if cfg.use == "all" else parts[split]
       return _limited(mine, len(whole), cfg)
     if kind == "oasst":
-      found = publishers.read_oasst(path, chat_template=cfg.chat_template)
+      found = publishers.read_oasst(path, chat_template=self._template(cfg))
     elif "ranks" in readers.field_names(source):
       found = self._records(source, "ranking", cfg)
     else:
       found = self._records(source, "comparison", cfg)
     return _used(found, split, cfg)
 
+  def _template(self, cfg: SourceConfig) -> str | chat.Template:
+    if self.tokenizer is None:
+      return cfg.chat_template
+    return self.tokenizer.template(cfg.chat_template)
+
+  def _record_texts(self, source: str, cfg: SourceConfig) -> list[str]:
+    """Documents of a file of records: their text, or whole demonstrations."""
+    if "text" not in readers.field_names(source):
+      # Nothing to pretrain on has special tokens: no tokenizer is known yet.
+      plain = dataclasses.replace(self, tokenizer=None)
+      found = plain._records(source, "demonstration", cfg)
+      return [x.prompt + x.completion for x in found]
+    if cfg.on_error == "skip":
+      raise readers.ReadError(f"{source}: on_error='skip' is not for documents")
+    return readers.read_texts(source)
+
   def _records(self, source: str, kind: str, cfg: SourceConfig):
+    template = self._template(cfg)
     if cfg.on_error == "raise":
-      return readers.read_records(
-          source, kind, chat_template=cfg.chat_template
-      )
+      return readers.read_records(source, kind, chat_template=template)
     return readers.read_records(
         source,
         kind,
-        chat_template=cfg.chat_template,
+        chat_template=template,
         on_error="skip",
         skipped_path=self._skipped(f"{kind}:{source}"),
     )
@@ -171,8 +197,8 @@ def _documents(source: str) -> list[str]:
   kind, _, path = source.partition(":")
   if kind not in ("stories", "text"):
     raise readers.ReadError(
-        f"{source}: text comes from stories:PATH or text:PATH, or from"
-        f" {ASSISTANT}"
+        f"{source}: text comes from stories:PATH or text:PATH, from {ASSISTANT}"
+        " or from .jsonl"
     )
   try:
     text = pathlib.Path(path).read_text(encoding="utf-8")

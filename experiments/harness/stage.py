@@ -26,12 +26,19 @@ from rlhf_jax import checkpoint
 # What a run may be taken up with another value of: these decide what is kept
 # and shown, when it stops, and how much memory it takes, and no result. They
 # are compared by name, at any depth.
+MEMORY_FIELDS = (
+    "attention_backend",
+    "head_chunk_size",
+    "num_microbatches",
+    "remat",
+    "scan_unroll",
+)
 FREE_FIELDS = (
     "keep_checkpoints",
     "max_nonfinite_steps",
-    "num_microbatches",
     "tensorboard",
     "wandb",
+    *MEMORY_FIELDS,
 )
 
 
@@ -80,12 +87,14 @@ class Stage:
     if not changed or self.finished:
       return
     logging.info("%s goes on with %s", self.dir, "; ".join(changed))
-    if any("num_microbatches:" in line for line in changed):
-      # Sums over rows are then taken in another order.
+    found = [x for x in MEMORY_FIELDS if any(f"{x}:" in y for y in changed)]
+    if found:
+      # Sums are then taken in another order.
       logging.warning(
-          "%s: another num_microbatches rounds otherwise: from here on the run "
-          "equals one of either number up to rounding, no longer bitwise",
+          "%s: another %s rounds otherwise: from here on the run equals one "
+          "of either value up to rounding, no longer bitwise",
           self.dir,
+          " and ".join(found),
       )
     write_json(path, self.config)
 
@@ -96,6 +105,11 @@ class Stage:
       seconds = round(time.monotonic() - self._start, 3)
       write_jsonl(timing, [{"step": 0, "seconds": seconds}])
     write_json(self.dir / "finished.json", summary)
+
+
+def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
+  """The config that a stage was run with."""
+  return json.loads((pathlib.Path(folder) / "config.json").read_text())
 
 
 def is_done(folder: pathlib.Path, config: Any) -> bool:

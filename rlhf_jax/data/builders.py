@@ -15,7 +15,7 @@ import re
 
 import tensorflow_datasets as tfds
 
-from rlhf_jax.data import prepared, publishers, readers
+from rlhf_jax.data import chat, prepared, publishers, readers
 from rlhf_jax.data.records import KINDS, Record
 
 VERSION = "1.0.0"
@@ -120,7 +120,7 @@ def prepare(
     *,
     on_error: str = "raise",
     skipped_dir: str | os.PathLike | None = None,
-    chat_template: str = "plain",
+    chat_template: str | chat.Template = "plain",
 ) -> pathlib.Path:
   """Validates record files and writes them as one dataset.
 

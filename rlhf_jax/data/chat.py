@@ -1,19 +1,34 @@
 """Conversations to text, in spans that say which part the assistant wrote.
 
-A chat template is the name of one below or a Jinja string of the kind that
-Hugging Face tokenizers carry (it sees `messages` and `add_generation_prompt`).
-Where the assistant's words begin and end is not guessed from the text: the
-template is rendered for each prefix of the conversation and the differences are
-the spans. A template that changes what it wrote earlier cannot be split so, and
-is refused.
+A chat template is the name of one below, or Jinja of the kind that Hugging Face
+tokenizers carry; transformers renders it. Where the assistant's words begin and
+end is never guessed from the text. There are two ways to know:
+
+* A template with `{% generation %} ... {% endgeneration %}` around what the
+  assistant writes says so itself.
+* Of another, the prefixes of the conversation are rendered, and the differences
+  are the spans: from the generation prompt to the end-of-turn token. A template
+  that changes what it wrote earlier (one that takes old reasoning out, say)
+  cannot be split so, and is refused.
+
+Special tokens that the template writes are marked in the text, and those that
+people spell in messages are not (see `special_tokens`).
 """
 
+from collections.abc import Sequence
+import dataclasses
 import functools
+import os
+import pathlib
+import re
 
 import jinja2
-import jinja2.sandbox
+
+from rlhf_jax.data import special_tokens
+from rlhf_jax.data.special_tokens import MARK, Marker
 
 ROLES = ("system", "user", "assistant")
+OWN = "tokenizer"
 
 # Line breaks stand in expressions: as Hugging Face does, the environment drops
 # a literal one after a block.
@@ -37,95 +52,290 @@ TEMPLATES = {
 }
 
 Span = tuple[str, bool]
+Messages = Sequence[dict[str, str]]
+
+_GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
+# What a template is told that `end_of_turn` looks for.
+_SOME_ANSWER = "Nine lives."
 
 
 class ChatTemplateError(ValueError):
   """A template that does not parse, or that cannot be split into spans."""
 
 
-def render_spans(
-    messages: list[dict[str, str]], chat_template: str
-) -> tuple[Span, ...]:
-  """Renders a conversation into (text, trained) spans.
+@dataclasses.dataclass(frozen=True)
+class Template:
+  """A Jinja template and the special tokens that it may place.
 
-  The spans joined are the rendered text. A span is trained if the assistant
-  wrote it; the header in front of its words is not.
+  source: Jinja.
+  name: what messages call it.
+  bos_token, eos_token: what the template sees under these names.
+  special_tokens: texts that are tokens where the template writes them. Without
+    any (no tokenizer is known) everything is text.
+  """
 
-  Args:
-    messages: dicts of role and content, checked by the caller.
-    chat_template: a name in `TEMPLATES` or a Jinja string.
+  source: str
+  name: str
+  bos_token: str = ""
+  eos_token: str = ""
+  special_tokens: tuple[str, ...] = ()
+
+  @property
+  def has_generation_marks(self) -> bool:
+    """Whether it says itself what the assistant writes."""
+    return bool(_GENERATION.search(self.source))
+
+  def error(self, what: object) -> ChatTemplateError:
+    """An error that names the template."""
+    return ChatTemplateError(f"chat template {self.name}: {what}")
+
+  @functools.cached_property
+  def _marker(self) -> Marker:
+    return Marker(self.special_tokens)
+
+  def render(self, messages: Messages, generation_prompt: bool) -> str:
+    """The text of a conversation, its special tokens marked."""
+    text, _ = self._render(messages, generation_prompt, False)
+    return self._marker.mark(text)
+
+  def render_parts(self, messages: Messages) -> list[Span]:
+    """The text in (text, whether a generation block wrote it) parts."""
+    text, blocks = self._render(messages, False, True)
+    parts, end = [], 0
+    for start, stop in blocks:
+      parts += [(text[end:start], False), (text[start:stop], True)]
+      end = stop
+    parts.append((text[end:], False))
+    return [(self._marker.mark(text), written) for text, written in parts]
+
+  def _render(
+      self, messages: Messages, generation_prompt: bool, find_blocks: bool
+  ) -> tuple[str, list[tuple[int, int]]]:
+    # Here and not above: the import takes a second and is seldom needed.
+    from transformers.utils import chat_template_utils
+
+    protected = [
+        {**x, "content": self._marker.protect(x["content"])} for x in messages
+    ]
+    try:
+      (text,), blocks = chat_template_utils.render_jinja_template(
+          [protected],
+          chat_template=self.source,
+          add_generation_prompt=generation_prompt,
+          return_assistant_tokens_mask=find_blocks,
+          bos_token=self.bos_token,
+          eos_token=self.eos_token,
+      )
+    except Exception as error:
+      # A template is a program and may raise anything; it is not our bug.
+      raise self.error(error) from error
+    return text, blocks[0] if find_blocks else []
+
+
+def find(choice: str) -> str:
+  """The Jinja of a choice: a name in `TEMPLATES`, a .jinja file, or itself.
 
   Raises:
-    ChatTemplateError: see above.
+    ChatTemplateError: it is none of them.
   """
-  template = compile_template(chat_template)
-  spans: list[Span] = []
-  text = ""
-  for index, message in enumerate(messages):
-    trained = message["role"] == "assistant"
-    if trained:
-      header = _render(template, messages[:index], True)
-      text = _extend(spans, text, header, False)
-    whole = _render(template, messages[: index + 1], False)
-    text = _extend(spans, text, whole, trained)
-  return tuple(spans)
+  if choice in TEMPLATES:
+    return TEMPLATES[choice]
+  if choice.endswith(".jinja"):
+    try:
+      return pathlib.Path(os.path.expandvars(choice)).read_text("utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+      raise ChatTemplateError(f"chat template {choice}: {error}") from error
+  if choice == OWN:
+    raise ChatTemplateError(
+        f"chat_template={OWN!r}: there is no tokenizer here to have one; give"
+        f" {', '.join(map(repr, TEMPLATES))}, a .jinja file or a Jinja string."
+    )
+  if "{" not in choice:
+    raise ChatTemplateError(
+        f"no chat template is called {choice!r}; give one of"
+        f" {sorted(TEMPLATES)}, {OWN!r} for the tokenizer's own, a .jinja file"
+        " or a Jinja template."
+    )
+  return choice
 
 
-def render_prompt(messages: list[dict[str, str]], chat_template: str) -> str:
-  """The text that the assistant's next words follow."""
-  return _render(compile_template(chat_template), messages, True)
+def name_of(choice: str) -> str:
+  """How messages call a choice."""
+  return "of the config" if "{" in choice else choice
+
+
+def make_template(choice: str | Template) -> Template:
+  """A template that knows no tokenizer; one that does stays as it is.
+
+  Raises:
+    ChatTemplateError: there is none, or it is no Jinja.
+  """
+  if isinstance(choice, Template):
+    _check_syntax(choice)
+    return choice
+  template = _without_tokenizer(choice)
+  _check_syntax(template)
+  return template
 
 
 @functools.lru_cache(maxsize=16)
-def compile_template(chat_template: str) -> jinja2.Template:
-  """Compiles a named template or a Jinja string, sandboxed."""
-  source = TEMPLATES.get(chat_template, chat_template)
-  if source is chat_template and "{" not in source:
-    raise ChatTemplateError(
-        f"no chat template is called {chat_template!r}; give one of"
-        f" {sorted(TEMPLATES)} or a Jinja template."
-    )
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True, undefined=jinja2.StrictUndefined,
-      keep_trailing_newline=True,
-  )
-  environment.globals["raise_exception"] = _raise_exception
+def _without_tokenizer(choice: str) -> Template:
+  return Template(find(choice), name_of(choice))
+
+
+@functools.lru_cache(maxsize=16)
+def _check_syntax(template: Template) -> None:
+  if template.source in TEMPLATES.values():
+    return
   try:
-    return environment.from_string(source)
-  except jinja2.TemplateError as error:
-    raise ChatTemplateError(f"chat template: {error}") from error
+    template.render([{"role": "user", "content": _SOME_ANSWER}], True)
+  except ChatTemplateError as error:
+    # It may have its reasons to refuse this conversation.
+    if isinstance(error.__cause__, jinja2.TemplateSyntaxError):
+      raise
 
 
-def _render(
-    template: jinja2.Template, messages: list[dict], generation_prompt: bool
-) -> str:
-  try:
-    return template.render(
-        messages=messages, add_generation_prompt=generation_prompt,
-        bos_token="", eos_token="",
-    )
-  except Exception as error:
-    # A template is a program and may raise anything; it is not our bug.
-    raise ChatTemplateError(f"chat template: {error}") from error
+def render_spans(
+    messages: Messages, chat_template: str | Template
+) -> tuple[Span, ...]:
+  """Renders a conversation into (text, trained) spans.
 
+  The spans joined are the rendered text, but for white space behind the last
+  end-of-turn token. A span is trained if the assistant wrote it, its
+  end-of-turn token included; the header in front of its words is not.
 
-def _extend(spans: list[Span], before: str, after: str, trained: bool) -> str:
-  """Appends what `after` has beyond `before`; returns the text so far."""
-  if not after.startswith(before):
-    # The assistant's own separator may only come once a message follows.
-    raise ChatTemplateError(
-        "chat template: a longer conversation does not begin with the text of"
-        " the shorter one, so the assistant's part cannot be told apart"
-        f" (near {before[-40:]!r})."
-    )
-  if len(after) > len(before):
-    piece = after[len(before):]
+  Args:
+    messages: dicts of role and content, checked by the caller.
+    chat_template: a `Template`, or what `find` takes.
+
+  Raises:
+    ChatTemplateError: see above, or a message is not in the text.
+  """
+  template = make_template(chat_template)
+  if template.has_generation_marks:
+    parts = template.render_parts(messages)
+    _check_blocks(messages, parts, template)
+  else:
+    parts = _prefix_differences(messages, template)
+  text = special_tokens.unmarked("".join(text for text, _ in parts))
+  _check_nothing_left_out(messages, text, template)
+  spans: list[Span] = []
+  for piece, trained in parts:
     if spans and spans[-1][1] == trained:
       spans[-1] = (spans[-1][0] + piece, trained)
-    else:
+    elif piece:
       spans.append((piece, trained))
-  return after
+  if spans and not spans[-1][1] and not spans[-1][0].strip():
+    spans.pop()
+  return tuple(spans)
 
 
-def _raise_exception(message: str):
-  raise jinja2.TemplateError(message)
+def render_prompt(messages: Messages, chat_template: str | Template) -> str:
+  """The text that the assistant's next words follow.
+
+  Raises:
+    ChatTemplateError: the template refuses, or leaves a message out.
+  """
+  template = make_template(chat_template)
+  text = template.render(messages, True)
+  _check_nothing_left_out(messages, special_tokens.unmarked(text), template)
+  return text
+
+
+def end_of_turn(template: Template) -> str | None:
+  """The special token that ends the assistant's turns, if there is one."""
+  talk = [
+      {"role": "user", "content": "Why?"},
+      {"role": "assistant", "content": _SOME_ANSWER},
+  ]
+  try:
+    text = template.render(talk, False)
+  except ChatTemplateError:
+    return None
+  after = text.rpartition(_SOME_ANSWER)[2]
+  found = re.match(rf"\s*{MARK}([^{MARK}]+){MARK}", after)
+  return found and found[1]
+
+
+def _prefix_differences(messages: Messages, template: Template) -> list[Span]:
+  """Spans by rendering the conversation up to each of the assistant's turns."""
+  parts: list[Span] = []
+  before = ""
+  for index, message in enumerate(messages):
+    if message["role"] != "assistant":
+      continue
+    header = template.render(messages[:index], True)
+    parts.append((_rest(before, header, index, messages, template), False))
+    before = template.render(messages[: index + 1], False)
+    written = _rest(header, before, index, messages, template)
+    _check_header(message["content"], written, template)
+    end = written.rfind(MARK) + 1
+    if not end or written[end:].strip():
+      end = len(written)  # no token ends this turn
+    parts += [(written[:end], True), (written[end:], False)]
+  if messages[-1]["role"] != "assistant":
+    whole = template.render(messages, False)
+    rest = _rest(before, whole, len(messages) - 1, messages, template)
+    parts.append((rest, False))
+  return parts
+
+
+def _rest(
+    before: str, after: str, index: int, messages: Messages, template: Template
+) -> str:
+  """What `after` has beyond `before`."""
+  if after.startswith(before):
+    return after[len(before):]
+  same = len(os.path.commonprefix([before, after]))
+  show = lambda text: repr(
+      special_tokens.unmarked(text[max(same - 20, 0) : same + 20])
+  )
+  raise template.error(
+      f"messages[{index}] ({messages[index]['role']}): the longer conversation"
+      " does not begin with the text of the shorter one, so the assistant's"
+      f" part cannot be told apart: {show(before)} became {show(after)}. Put"
+      " {% generation %} and {% endgeneration %} around what the assistant"
+      " writes, or take another template."
+  )
+
+
+def _check_header(content: str, written: str, template: Template) -> None:
+  header = written.partition(content.strip())[0]
+  if header != written and MARK in header:
+    raise template.error(
+        f"{special_tokens.unmarked(header)!r} stands before the assistant's"
+        " words and not at the end of the prompt: the template must write it"
+        " where add_generation_prompt is true."
+    )
+
+
+def _check_blocks(
+    messages: Messages, parts: list[Span], template: Template
+) -> None:
+  answers = sum(x["role"] == "assistant" for x in messages)
+  blocks = sum(written for _, written in parts)
+  if blocks != answers:
+    raise template.error(
+        f"it has {blocks} generation blocks for {answers} answers of the"
+        " assistant: {% generation %} must stand around each."
+    )
+  if messages[-1]["role"] == "assistant" and parts[-1][0].strip():
+    what = special_tokens.unmarked(parts[-1][0])
+    raise template.error(
+        f"{what!r} is behind the last generation block, so that nobody would"
+        " learn to write it: move {% endgeneration %} behind it."
+    )
+
+
+def _check_nothing_left_out(
+    messages: Messages, text: str, template: Template
+) -> None:
+  for index, message in enumerate(messages):
+    # The assistant's may be taken apart: reasoning and answer.
+    if message["role"] == "assistant":
+      continue
+    if message["content"].strip() not in text:
+      raise template.error(
+          f"messages[{index}] ({message['role']}) is not in the text that it"
+          " makes."
+      )

@@ -4,118 +4,33 @@ Layout of a sequence: bos (if asked for and known), prompt, completion, eos. The
 prompt and the completion are tokenized apart, so that the boundary between them
 is a token boundary in training as it is when a model samples.
 
-Nothing is cut in silence. What is too long is handled by a policy and counted
-in the `LengthReport` that every function returns beside its result:
+There is one bos and one end. A text in which a chat template placed special
+tokens says itself whether it starts with bos, and one that ends with an end
+token gets no other. A prompt from a file that spells the start token at its
+beginning has it from here, once.
 
-  drop                  the record is left out
-  truncate_prompt_left  the prompt loses its beginning (bos stays); a completion
-                        that is too long by itself is dropped, never cut,
-                        because a cut one would teach the model to stop there
-  split                 for documents: consecutive pieces of max_length
-  error                 LengthError
+Nothing is cut in silence. What is too long is handled by a policy of
+`lengths.py` and counted in the `LengthReport` that every function returns
+beside its result.
 """
 
 from collections.abc import Sequence
-import dataclasses
 
 import numpy as np
 
+from rlhf_jax.data.lengths import (
+    DOCUMENT_POLICIES,
+    RECORD_POLICIES,
+    LengthError,
+    LengthReport,
+    Lengths,
+)
 from rlhf_jax.data.records import Comparison, Demonstration, Ranking
+from rlhf_jax.data.special_tokens import MARK
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import PreferenceBatch, PromptBatch, RankingBatch
 
-RECORD_POLICIES = ("drop", "truncate_prompt_left", "error")
-DOCUMENT_POLICIES = ("drop", "split", "error")
-
 Example = tuple[list[int], list[float]]
-
-
-class LengthError(ValueError):
-  """A record is longer than its limit, or none can be short enough."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LengthReport:
-  """What the length limits did to a data set.
-
-  num_records = num_kept + num_dropped; num_truncated of the kept ones lost a
-  part of their prompt (num_split: were cut into pieces). The longest lengths
-  are in tokens, before the policy, bos and eos included. dropped: the places of
-  the dropped ones.
-  """
-
-  num_records: int
-  num_kept: int
-  num_dropped: int
-  num_truncated: int
-  num_split: int
-  longest_prompt: int
-  longest_completion: int
-  dropped: tuple[int, ...]
-
-  def __str__(self) -> str:
-    return (
-        f"{self.num_kept} of {self.num_records} records kept,"
-        f" {self.num_dropped} dropped, {self.num_truncated} truncated,"
-        f" {self.num_split} split; longest prompt {self.longest_prompt} tokens,"
-        f" longest completion {self.longest_completion}"
-    )
-
-
-class _Lengths:
-  """Applies a policy record by record and keeps count."""
-
-  def __init__(self, policy: str, allowed: Sequence[str]):
-    if policy not in allowed:
-      raise ValueError(f"policy={policy!r} is not one of {', '.join(allowed)}.")
-    self.policy = policy
-    self.truncated = self.split = self.records = 0
-    self.dropped = []
-    self.longest_prompt = self.longest_completion = 0
-
-  def see(self, prompt: int, completion: int) -> None:
-    self.records += 1
-    self.longest_prompt = max(self.longest_prompt, prompt)
-    self.longest_completion = max(self.longest_completion, completion)
-
-  def keep(
-      self, prompt: int, completion: int, prompt_limit: int,
-      completion_limit: int,
-  ) -> int | None:
-    """How many prompt tokens to keep, or None to drop the record."""
-    if prompt <= prompt_limit and completion <= completion_limit:
-      return prompt
-    if self.policy == "error":
-      what, size, limit = "completion", completion, completion_limit
-      if completion <= completion_limit:
-        what, size, limit = "prompt", prompt, prompt_limit
-      raise LengthError(
-          f"record {self.records - 1}: its {what} has {size} tokens, the limit"
-          f" is {limit}. Raise the limit, or choose another policy than"
-          " 'error'."
-      )
-    if self.policy == "drop" or completion > completion_limit:
-      self.dropped.append(self.records - 1)
-      return None
-    self.truncated += 1
-    return prompt_limit
-
-  def report(self) -> LengthReport:
-    kept = self.records - len(self.dropped)
-    if not kept:
-      raise LengthError(
-          f"all {self.records} records are longer than the limits: the longest"
-          f" prompt has {self.longest_prompt} tokens, the longest completion"
-          f" {self.longest_completion}."
-          if self.records else "there are no records to encode."
-      )
-    return LengthReport(
-        num_records=self.records, num_kept=kept, num_dropped=len(self.dropped),
-        num_truncated=self.truncated, num_split=self.split,
-        longest_prompt=self.longest_prompt,
-        longest_completion=self.longest_completion,
-        dropped=tuple(self.dropped),
-    )
 
 
 def encode_documents(
@@ -139,7 +54,7 @@ def encode_documents(
     (tokens, loss_mask) pairs for `packing.pack`, and the report.
   """
   _check_positive("max_length", max_length)
-  lengths = _Lengths(policy, DOCUMENT_POLICIES)
+  lengths = Lengths(policy, DOCUMENT_POLICIES)
   bos = _bos(tokenizer, add_bos)
   examples = []
   for ids in tokenizer.encode_batch(texts):
@@ -167,8 +82,8 @@ def encode_demonstrations(
   """Demonstrations, with a loss on what the assistant wrote.
 
   Each span is tokenized by itself. The last one is the completion and gets the
-  eos; the spans before it are the prompt, where earlier answers of the
-  assistant are learned from too.
+  eos, unless a template ended it; the spans before it are the prompt, where
+  earlier answers of the assistant are learned from too.
 
   Args:
     records: demonstrations.
@@ -182,14 +97,12 @@ def encode_demonstrations(
     (tokens, loss_mask) pairs for `packing.pack`, and the report.
   """
   _check_positive("max_length", max_length)
-  lengths = _Lengths(policy, RECORD_POLICIES)
-  bos = _bos(tokenizer, add_bos)
-  room = max_length - len(bos)
+  lengths = Lengths(policy, RECORD_POLICIES)
   examples = []
-  for spans in _encode_spans(records, tokenizer):
+  for bos, spans in _encode_spans(records, tokenizer, add_bos):
+    room = max_length - len(bos)
     prompt = [(i, mask) for ids, mask in spans[:-1] for i in ids]
     completion = [(i, spans[-1][1]) for i in spans[-1][0]]
-    completion.append((tokenizer.eos_id, spans[-1][1]))
     lengths.see(len(prompt) + len(bos), len(completion))
     # A prompt may be shortened to its last token but not lost.
     kept = lengths.keep(
@@ -305,14 +218,13 @@ def encode_prompts(
   Returns:
     A PromptBatch of numpy arrays, and the report.
   """
-  bos = _bos(tokenizer, add_bos)
-  _check_positive("max_prompt_length", max_prompt_length - len(bos))
-  lengths = _Lengths(policy, RECORD_POLICIES)
-  limit = max_prompt_length - len(bos)
+  has_bos = add_bos and tokenizer.bos_id is not None
+  _check_positive("max_prompt_length", max_prompt_length - has_bos)
+  lengths = Lengths(policy, RECORD_POLICIES)
   kept, rows = [], []
-  for index, ids in enumerate(
-      tokenizer.encode_batch([record.prompt for record in records])
-  ):
+  texts = [(record.prompt,) for record in records]
+  for index, (bos, (ids,)) in enumerate(_encode(texts, tokenizer, add_bos)):
+    limit = max_prompt_length - len(bos)
     if not ids and not bos:
       raise ValueError(
           f"record {index} has an empty prompt and there is no bos token: there"
@@ -350,13 +262,12 @@ def _encode_groups(
     tokens [N, size, P + C], mask [N, size, P + C], the N kept places, report.
   """
   prompt_limit, completion_limit = limits
-  bos = _bos(tokenizer, add_bos)
   _check_positive("max_prompt_length", prompt_limit)
   _check_positive("max_completion_length", completion_limit)
-  lengths = _Lengths(policy, RECORD_POLICIES)
+  lengths = Lengths(policy, RECORD_POLICIES)
   kept, rows = [], []
-  for index, (prompt, completions) in enumerate(
-      _encode_prompts_and_completions(groups, tokenizer)
+  for index, (bos, prompt, completions) in enumerate(
+      _encode_prompts_and_completions(groups, tokenizer, add_bos)
   ):
     longest = max(map(len, completions))
     lengths.see(len(prompt) + len(bos), longest)
@@ -375,37 +286,62 @@ def _encode_groups(
   return tokens, mask, kept, lengths.report()
 
 
-def _encode_prompts_and_completions(groups, tokenizer: Tokenizer):
-  """Yields (prompt ids, [completion ids with eos]) for each group."""
-  texts = [(text, bool(p)) for p, completions in groups for text in completions]
-  flat = iter(_encode_flagged(texts, tokenizer))
-  prompts = tokenizer.encode_batch([prompt for prompt, _ in groups])
-  for prompt, (_, completions) in zip(prompts, groups, strict=True):
-    yield prompt, [[*next(flat), tokenizer.eos_id] for _ in completions]
-
-
-def _encode_spans(records: Sequence[Demonstration], tokenizer: Tokenizer):
-  """Yields [(ids, trained)] for each record, one entry a span."""
-  texts = [
-      (text, place > 0)
-      for record in records for place, (text, _) in enumerate(record.spans)
+def _encode_prompts_and_completions(
+    groups, tokenizer: Tokenizer, add_bos: bool
+):
+  """Yields (bos, prompt ids, [completion ids with eos]) for each group."""
+  rows = [
+      (prompt, text) for prompt, completions in groups for text in completions
   ]
-  flat = iter(_encode_flagged(texts, tokenizer))
-  for record in records:
-    yield [(next(flat), trained) for _, trained in record.spans]
+  flat = iter(_encode(rows, tokenizer, add_bos))
+  for _, completions in groups:
+    encoded = [next(flat) for _ in completions]
+    bos, (prompt, _) = encoded[0]
+    yield bos, prompt, [_ended(ids, tokenizer) for _, (_, ids) in encoded]
 
 
-def _encode_flagged(
-    texts: Sequence[tuple[str, bool]], tokenizer: Tokenizer
-) -> list[list[int]]:
-  """Encodes (text, continues) pairs, each kind in one batch, in order."""
-  result: list[list[int]] = [[]] * len(texts)
-  for flag in (False, True):
-    places = [i for i, (_, continues) in enumerate(texts) if continues == flag]
-    ids = tokenizer.encode_batch([texts[i][0] for i in places], continues=flag)
-    for place, row in zip(places, ids, strict=True):
-      result[place] = row
-  return result
+def _encode_spans(
+    records: Sequence[Demonstration], tokenizer: Tokenizer, add_bos: bool
+):
+  """Yields (bos, [(ids, trained)]) for each record, one entry a span."""
+  rows = [[text for text, _ in record.spans] for record in records]
+  encoded = _encode(rows, tokenizer, add_bos)
+  for record, (bos, ids) in zip(records, encoded, strict=True):
+    ids[-1] = _ended(ids[-1], tokenizer)
+    flags = [trained for _, trained in record.spans]
+    yield bos, list(zip(ids, flags, strict=True))
+
+
+def _encode(
+    rows: Sequence[Sequence[str]], tokenizer: Tokenizer, add_bos: bool
+) -> list[tuple[list[int], list[list[int]]]]:
+  """(bos, the ids of its texts) of each row; no bos is left in the ids."""
+  start = tokenizer.bos_token
+  rows = [_without_spelled_bos(row, start, add_bos) for row in rows]
+  found = []
+  for row, ids in zip(rows, tokenizer.encode_rows(rows), strict=True):
+    is_rendered = any(MARK in text for text in row)
+    bos = _bos(tokenizer, add_bos and not is_rendered)
+    first = next((x for x in ids if x), [])
+    if is_rendered and first[:1] == [tokenizer.bos_id]:
+      bos = [first.pop(0)]
+    found.append((bos, ids))
+  return found
+
+
+def _without_spelled_bos(
+    row: Sequence[str], bos_token: str | None, add_bos: bool
+) -> Sequence[str]:
+  first = row[0] if row else ""
+  if not add_bos or not bos_token or not first.startswith(bos_token):
+    return row
+  return [first.removeprefix(bos_token), *row[1:]]
+
+
+def _ended(completion: list[int], tokenizer: Tokenizer) -> list[int]:
+  if completion and completion[-1] in tokenizer.eos_ids:
+    return completion
+  return [*completion, tokenizer.eos_id]
 
 
 def _write_row(

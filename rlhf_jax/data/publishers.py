@@ -51,7 +51,7 @@ def _gsm8k_record(obj) -> Demonstration:
 
 
 def read_oasst(
-    path: str | os.PathLike, *, chat_template: str = "hh"
+    path: str | os.PathLike, *, chat_template: str | chat.Template = "hh"
 ) -> list[Ranking]:
   """Open Assistant's trees: one ranking for each message with ranked replies.
 
@@ -81,7 +81,9 @@ def read_oasst(
   return found
 
 
-def _tree_rankings(root: dict, chat_template: str) -> list[Ranking]:
+def _tree_rankings(
+    root: dict, chat_template: str | chat.Template
+) -> list[Ranking]:
   found = []
   # A stack and not recursion: nobody promises how deep a tree is.
   stack = [(root, [])]

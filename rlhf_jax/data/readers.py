@@ -20,7 +20,7 @@ import pathlib
 from typing import Any, BinaryIO
 import zlib
 
-from rlhf_jax.data import prepared, records
+from rlhf_jax.data import chat, prepared, records
 from rlhf_jax.data.records import Record, RecordError
 
 TFDS_PREFIX = "tfds:"
@@ -56,7 +56,7 @@ def read_records(
     on_error: str = "raise",
     skipped_path: str | os.PathLike | None = None,
     max_skipped: float = 0.05,
-    chat_template: str = "plain",
+    chat_template: str | chat.Template = "plain",
     split: str | None = None,
     data_dir: str | os.PathLike | None = None,
 ) -> list[Record]:
@@ -103,6 +103,24 @@ def read_records(
         skipped.append(item)
   if on_error == "skip":
     _report_skipped(source, skipped, len(found), skipped_path, max_skipped)
+  if not found:
+    raise ReadError(f"{source}: holds no records.")
+  return found
+
+
+def read_texts(source: str) -> list[str]:
+  """The `text` of every record of a JSONL file or glob.
+
+  Raises:
+    ReadError: with file and line, a record that has none; or there are none.
+  """
+  found = []
+  for path in resolve_files(source):
+    for number, line in read_lines(path):
+      try:
+        found.append(records.text_of(parse_line(line)))
+      except RecordError as error:
+        raise ReadError(f"{path}:{number}: {error}") from error
   if not found:
     raise ReadError(f"{source}: holds no records.")
   return found
@@ -157,7 +175,7 @@ def _nearest(path: pathlib.Path) -> str:
 
 
 def _read_file(
-    path: pathlib.Path, kind: str, chat_template: str
+    path: pathlib.Path, kind: str, chat_template: str | chat.Template
 ) -> Iterator[Record | Skipped]:
   for number, line in read_lines(path):
     try:

@@ -6,7 +6,7 @@
   ranking        {prompt, completions, ranks, annotator?, source?, weight?};
                  a smaller rank is better, equal ranks are ties
   rating         {prompt, completion, score}
-  prompt         {prompt}; or {messages}, of which the last answer is left out
+  prompt         {prompt}; or {messages}, of which a last answer is left out
 
 A record is what parsed JSON says, so anything can be in it. `validate_record`
 takes any Python object and either returns a record or raises `RecordError`,
@@ -111,7 +111,7 @@ Record = Demonstration | Comparison | Ranking | Rating | Prompt
 
 
 def validate_record(
-    kind: str, obj: Any, chat_template: str = "plain"
+    kind: str, obj: Any, chat_template: str | chat.Template = "plain"
 ) -> Record:
   """Turns a parsed JSON object into a record.
 
@@ -126,24 +126,37 @@ def validate_record(
   """
   if kind not in KINDS:
     raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.")
-  chat.compile_template(chat_template)
+  template = chat.make_template(chat_template)
   if not isinstance(obj, dict):
     raise RecordError("", f"a record is a JSON object, not {_type_name(obj)}")
   _check_spelling(kind, obj)
   if kind == "demonstration":
-    return _demonstration(obj, chat_template)
+    return _demonstration(obj, template)
   if kind == "prompt":
-    return _prompt(obj, chat_template)
+    return _prompt(obj, template)
   return _VALIDATORS[kind](obj)
 
 
-def _demonstration(obj: dict, chat_template: str) -> Demonstration:
+def text_of(obj: Any) -> str:
+  """The field `text` of a parsed JSON object.
+
+  Raises:
+    RecordError: it has no such text.
+  """
+  if not isinstance(obj, dict):
+    raise RecordError("", f"a record is a JSON object, not {_type_name(obj)}")
+  return _text(obj, "text")
+
+
+def _demonstration(obj: dict, template: chat.Template) -> Demonstration:
   if "messages" in obj:
     if "prompt" in obj or "completion" in obj:
       raise RecordError("messages", "give either messages or prompt/completion")
     messages = _messages(obj["messages"])
+    if messages[-1]["role"] != "assistant":
+      raise RecordError("messages", "the last message must be the assistant's")
     try:
-      spans = chat.render_spans(messages, chat_template)
+      spans = chat.render_spans(messages, template)
     except chat.ChatTemplateError as error:
       raise RecordError("messages", str(error)) from error
     if not spans or not spans[-1][1]:
@@ -172,8 +185,6 @@ def _messages(messages: Any) -> list[dict[str, str]]:
           f"{where}.role", f"must be one of {', '.join(chat.ROLES)}"
       )
     _text(message, "content", where=f"{where}.content")
-  if messages[-1]["role"] != "assistant":
-    raise RecordError("messages", "the last message must be the assistant's")
   messages = [{key: m[key] for key in ("role", "content")} for m in messages]
   _check_length("messages", sum(len(m["content"]) for m in messages))
   return messages
@@ -277,11 +288,16 @@ def _rating(obj: dict) -> Rating:
   )
 
 
-def _prompt(obj: dict, chat_template: str) -> Prompt:
+def _prompt(obj: dict, template: chat.Template) -> Prompt:
   if "messages" not in obj:
     return Prompt(prompt=_text(obj, "prompt"))
-  # A demonstration's file serves as a file of prompts.
-  return Prompt(prompt=_demonstration(obj, chat_template).prompt)
+  messages = _messages(obj["messages"])
+  if messages[-1]["role"] == "assistant":
+    messages.pop()  # a demonstration's file serves as a file of prompts
+  try:
+    return Prompt(prompt=chat.render_prompt(messages, template))
+  except chat.ChatTemplateError as error:
+    raise RecordError("messages", str(error)) from error
 
 
 _VALIDATORS = {

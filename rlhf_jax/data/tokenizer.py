@@ -4,6 +4,8 @@ What callers may rely on, whatever is inside:
 
 * `encode` never adds a special token and never reads one out of the text: a
   user who types "<eos>" gets its characters, not the end of the sequence.
+* Only `encode_rows` reads special tokens, and only those that are marked as
+  such, which no user can type (see `special_tokens`).
 * `decode` drops the special tokens. Padding must be cut off by its mask first,
   because a model without a padding token pads with an ordinary id.
 * Some tokenizers put a space before the first word of a text. A completion that
@@ -18,68 +20,20 @@ What callers may rely on, whatever is inside:
 """
 
 from collections.abc import Iterable, Sequence
-import copy
 import hashlib
 import json
 import pathlib
 from typing import Any
 
-import sentencepiece
-import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
-
-_HF_FILE = "tokenizer.json"
-_HF_CONFIG = "tokenizer_config.json"
-_SPM_FILE = "tokenizer.model"
-
-# A serialised protobuf message that is appended to another is merged into it.
-# These are `normalizer_spec { remove_extra_whitespaces: false }` and the same
-# with `add_dummy_prefix: false`: the model file is overruled without a protobuf
-# runtime.
-_SPM_KEEP_SPACES = b"\x1a\x02\x20\x00"
-_SPM_KEEP_SPACES_NO_PREFIX = b"\x1a\x04\x18\x00\x20\x00"
-
-
-class TokenizerError(ValueError):
-  """A tokenizer file that is missing, damaged or without a needed token."""
-
-
-class _FastBackend:
-  """A `tokenizers.Tokenizer`, and its twin without a prefix space."""
-
-  def __init__(self, serialized: str):
-    self.start = tokenizers.Tokenizer.from_str(serialized)
-    without_prefix = _without_prefix_space(json.loads(serialized))
-    self.middle = tokenizers.Tokenizer.from_str(json.dumps(without_prefix))
-    for backend in (self.start, self.middle):
-      backend.encode_special_tokens = True
-      backend.no_truncation()
-      backend.no_padding()
-    self.vocab_size = 1 + max(self.start.get_vocab().values())
-
-  def encode_batch(self, texts: list[str], continues: bool) -> list[list[int]]:
-    backend = self.middle if continues else self.start
-    encodings = backend.encode_batch_fast(texts, add_special_tokens=False)
-    return [encoding.ids for encoding in encodings]
-
-  def decode_batch(self, rows: list[list[int]], continues: bool) -> list[str]:
-    backend = self.middle if continues else self.start
-    return backend.decode_batch(rows, skip_special_tokens=True)
-
-
-class _SentencePieceBackend:
-  """A sentencepiece processor, and its twin without a dummy prefix."""
-
-  def __init__(self, proto: bytes):
-    self.start = _load_proto(proto + _SPM_KEEP_SPACES)
-    self.middle = _load_proto(proto + _SPM_KEEP_SPACES_NO_PREFIX)
-    self.vocab_size = self.start.vocab_size()
-
-  def encode_batch(self, texts: list[str], continues: bool) -> list[list[int]]:
-    return (self.middle if continues else self.start).encode(texts)
-
-  def decode_batch(self, rows: list[list[int]], continues: bool) -> list[str]:
-    return (self.middle if continues else self.start).decode(rows)
+from rlhf_jax.data import (
+    chat,
+    special_tokens,
+    tokenizer_files,
+    tokenizer_training,
+)
+from rlhf_jax.data.special_tokens import MARK, TokenizerError, mark
+from rlhf_jax.data.tokenizer_backends import FastBackend, SentencePieceBackend
+from rlhf_jax.data.tokenizer_files import HF_CONFIG, HF_FILE, SPM_FILE
 
 
 class Tokenizer:
@@ -89,75 +43,76 @@ class Tokenizer:
   `from_pretrained_folder` or `load`.
 
   Attributes:
-    pad_id: never `eos_id`. A vocabulary without a padding token lends an
-      ordinary id (`unk` if there is one, else the lowest free id); it does no
-      harm because padding is always masked and never recognised by its id.
-    eos_id: ends a completion.
+    pad_id: fills rows; `special_tokens` says how it is chosen. It may be an
+      end id: padding is always masked and never recognised by its id.
+    pad_is_safe: no text and no completion has it, so that programs which guess
+      masks from ids may be told of it.
+    eos_id: ends a completion in training.
+    eos_ids: all that end one when sampling, `eos_id` the first.
     bos_id: starts a sequence, or None.
     vocab_size: one more than the largest id.
+    special_tokens: text -> id.
     chat_template: the Jinja string of the folder it came from, or None.
     fingerprint: sha256 of the files that `save` writes.
   """
 
   def __init__(
       self,
-      backend,
+      backend: FastBackend | SentencePieceBackend,
       files: dict[str, bytes],
-      special_ids: dict,
+      ids: dict[str, int | None],
+      eos_ids: tuple[int, ...],
       chat_template: str | None = None,
   ):
     self._backend = backend
     self._files = dict(files)
     self.vocab_size: int = backend.vocab_size
-    self.eos_id: int = special_ids["eos"]
-    self.bos_id: int | None = special_ids["bos"]
-    self.pad_id: int = special_ids["pad"]
+    self.eos_id: int = ids["eos"]
+    self.eos_ids = eos_ids
+    self.bos_id: int | None = ids["bos"]
+    self.special_tokens: dict[str, int] = dict(backend.special_tokens)
+    self.pad_id, self.pad_is_safe = special_tokens.choose_pad(
+        ids, eos_ids, backend.special_tokens, backend.unk_id,
+        backend.covers_all_text,
+    )
     self.chat_template = chat_template
 
   # --- ways to get one ------------------------------------------------------
 
   @classmethod
   def train_byte_level_bpe(
-      cls, texts: Iterable[str], vocab_size: int
+      cls,
+      texts: Iterable[str],
+      vocab_size: int,
+      special_tokens: Sequence[str] = (),
+      chat_template: str | None = None,
   ) -> "Tokenizer":
     """Learns byte-level BPE: every text round-trips, digits stay single.
 
-    Ids 0, 1, 2 are <pad>, <eos>, <bos>, then the 256 bytes, then the merges.
-    The same texts give the same tokenizer. With little text there may be fewer
-    merges than asked for: `vocab_size` of the result says how many there are.
+    Ids 0, 1, 2 are <pad>, <eos>, <bos>, then further special tokens, the 256
+    bytes, and the merges. The same texts give the same tokenizer. With little
+    text there may be fewer merges than asked for: `vocab_size` of the result
+    says how many there are.
 
     Args:
       texts: what to learn the merges from.
-      vocab_size: upper bound, at least 259.
+      vocab_size: upper bound, at least 259 and the special tokens.
+      special_tokens: texts of further ones, for a chat template.
+      chat_template: Jinja that travels along; its end-of-turn token ends
+        completions.
     """
-    specials = ["<pad>", "<eos>", "<bos>"]
-    if vocab_size < 256 + len(specials):
-      raise ValueError(
-          f"vocab_size={vocab_size} is too small: 256 bytes and"
-          f" {len(specials)} special tokens need at least"
-          f" {256 + len(specials)}."
-      )
-    backend = tokenizers.Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([
-        pre_tokenizers.Digits(individual_digits=True),
-        pre_tokenizers.ByteLevel(add_prefix_space=False),
-    ])
-    backend.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=specials,
-        initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-        show_progress=False,
-    )
-    backend.train_from_iterator(texts, trainer)
     return cls._from_fast(
-        backend.to_str(), dict(pad="<pad>", eos="<eos>", bos="<bos>")
+        tokenizer_training.train_byte_level_bpe(
+            texts, vocab_size, special_tokens
+        ),
+        dict(pad="<pad>", eos="<eos>", bos="<bos>", unk=None),
+        template=chat_template,
     )
 
   @classmethod
   def from_sentencepiece(cls, path: str | pathlib.Path) -> "Tokenizer":
     """Reads a sentencepiece `.model` file."""
-    return cls._from_proto(_read(pathlib.Path(path)), str(path))
+    return cls._from_proto(tokenizer_files.read(pathlib.Path(path)), str(path))
 
   @classmethod
   def from_pretrained_folder(cls, directory: str | pathlib.Path) -> "Tokenizer":
@@ -180,67 +135,77 @@ class Tokenizer:
           f"{directory}: transformers cannot read a fast tokenizer from this"
           f" folder: {error}"
       ) from error
-    specials = dict(pad=fast.pad_token, eos=fast.eos_token, bos=fast.bos_token)
+    names = ("pad", "eos", "bos", "unk")
+    specials = {name: getattr(fast, f"{name}_token") for name in names}
+    template = tokenizer_files.only_template(fast)
     return cls._from_fast(
-        serialized, specials, chat_template=fast.chat_template
+        serialized, specials, str(directory), template, directory
     )
 
   @classmethod
   def load(cls, directory: str | pathlib.Path) -> "Tokenizer":
     """Reads what `save` wrote."""
     directory = pathlib.Path(directory)
-    if (directory / _SPM_FILE).exists():
-      return cls.from_sentencepiece(directory / _SPM_FILE)
-    serialized = _read(directory / _HF_FILE).decode("utf-8", "replace")
+    if (directory / SPM_FILE).exists():
+      return cls.from_sentencepiece(directory / SPM_FILE)
+    serialized = tokenizer_files.read(directory / HF_FILE)
     try:
-      config = json.loads(_read(directory / _HF_CONFIG))
+      config = json.loads(tokenizer_files.read(directory / HF_CONFIG))
       specials = {k: config[f"{k}_token"] for k in ("pad", "eos", "bos")}
+      specials["unk"] = config.get("unk_token")  # only if there is one
     except (ValueError, KeyError, TypeError) as error:
       raise TokenizerError(
-          f"{directory / _HF_CONFIG}: not written by Tokenizer.save"
+          f"{directory / HF_CONFIG}: not written by Tokenizer.save"
           f" ({error!r}). Read a Hugging Face folder with"
           " Tokenizer.from_pretrained_folder."
       ) from error
     return cls._from_fast(
-        serialized,
+        serialized.decode("utf-8", "replace"),
         specials,
-        str(directory / _HF_FILE),
+        str(directory / HF_FILE),
         config.get("chat_template"),
+        directory,
+        is_saved=True,
     )
 
   @classmethod
   def _from_fast(
       cls,
       serialized: str,
-      specials: dict,
+      specials: dict[str, str | None],
       name: str = "tokenizer",
-      chat_template: str | None = None,
+      template: str | None = None,
+      folder: pathlib.Path | None = None,
+      is_saved: bool = False,
   ) -> "Tokenizer":
     try:
-      backend = _FastBackend(serialized)
+      backend = FastBackend(serialized)
     except Exception as error:  # the library raises bare Exception
       raise TokenizerError(f"{name}: damaged: {error}") from error
     ids = {
         key: None if token is None else backend.start.token_to_id(token)
         for key, token in specials.items()
     }
-    config = {"tokenizer_class": "PreTrainedTokenizerFast"}
-    config |= {f"{key}_token": specials[key] for key in ("pad", "eos", "bos")}
-    if chat_template:
-      config["chat_template"] = chat_template
-    files = {
-        _HF_FILE: serialized.encode(),
-        _HF_CONFIG: (json.dumps(config, indent=2) + "\n").encode(),
-    }
-    unk = getattr(backend.start.model, "unk_token", None)
-    unk_id = None if unk is None else backend.start.token_to_id(unk)
-    special_ids = _complete_special_ids(ids, unk_id, name)
-    return cls(backend, files, special_ids, chat_template)
+    _check_eos(ids["eos"], name)
+    eos_ids = [ids["eos"]]
+    if folder is not None:
+      eos_ids += special_tokens.listed_eos_ids(folder, backend.vocab_size)
+    if template and not is_saved:  # what was saved has it in its list
+      names = tokenizer_files.names(specials, backend)
+      end = chat.end_of_turn(chat.Template(template, name, **names))
+      eos_ids += [] if end is None else [backend.special_tokens[end]]
+    tokenizer = cls(
+        backend, {}, ids, tuple(dict.fromkeys(eos_ids)), template
+    )
+    tokenizer._files = tokenizer_files.fast_files(
+        serialized, specials, tokenizer
+    )
+    return tokenizer
 
   @classmethod
   def _from_proto(cls, proto: bytes, name: str) -> "Tokenizer":
     try:
-      backend = _SentencePieceBackend(proto)
+      backend = SentencePieceBackend(proto)
     except (RuntimeError, OSError, ValueError) as error:
       raise TokenizerError(
           f"{name}: not a sentencepiece model: {error}"
@@ -248,8 +213,8 @@ class Tokenizer:
     start = backend.start
     ids = dict(pad=start.pad_id(), eos=start.eos_id(), bos=start.bos_id())
     ids = {key: None if id_ < 0 else id_ for key, id_ in ids.items()}
-    special_ids = _complete_special_ids(ids, start.unk_id(), name)
-    return cls(backend, {_SPM_FILE: proto}, special_ids)
+    _check_eos(ids["eos"], name)
+    return cls(backend, {SPM_FILE: proto}, ids, (ids["eos"],))
 
   # --- use ------------------------------------------------------------------
 
@@ -269,14 +234,109 @@ class Tokenizer:
     """`encode` of each text, in parallel where the library can."""
     texts = list(texts)
     for index, text in enumerate(texts):
-      try:
-        text.encode()
-      except UnicodeEncodeError as error:
-        raise ValueError(
-            f"text {index} holds a lone surrogate at character {error.start},"
-            " which is no Unicode text; clean it before encoding."
-        ) from error
+      _check_unicode(index, text)
     return self._backend.encode_batch(texts, continues) if texts else []
+
+  def encode_rows(
+      self, rows: Sequence[Sequence[str]]
+  ) -> list[list[list[int]]]:
+    """Ids of texts that follow one another; marked special tokens are read.
+
+    Args:
+      rows: each a list of texts, of which one goes on where the other ends.
+
+    Returns:
+      For each row, for each of its texts, its ids: a token ends where a text
+      does.
+
+    Raises:
+      TokenizerError: a marked token is none of this tokenizer's.
+    """
+    result = [[[] for _ in row] for row in rows]
+    ordinary = {False: [], True: []}
+    marked = []
+    for r, row in enumerate(rows):
+      for i, text in enumerate(row):
+        before = "".join(row[:i])
+        if MARK in text or special_tokens.last_marked(before):
+          marked.append((r, i, before))
+        else:
+          ordinary[bool(before)].append((r, i))
+    for continues, places in ordinary.items():
+      # Completions of one prompt repeat it.
+      texts = dict.fromkeys(rows[r][i] for r, i in places)
+      found = self.encode_batch(list(texts), continues=continues)
+      ids_of = dict(zip(texts, found, strict=True))
+      for r, i in places:
+        result[r][i] = list(ids_of[rows[r][i]])
+    for r, i, before in marked:
+      last = next((x[-1] for x in reversed(result[r][:i]) if x), None)
+      result[r][i] = self._encode_marked(rows[r][i], before, last)
+    return result
+
+  def _encode_marked(
+      self, text: str, before: str, last_id: int | None
+  ) -> list[int]:
+    """Ids of a text after `before`, whose last id is `last_id`."""
+    _check_unicode(0, text)
+    for token in special_tokens.marked_tokens(text):
+      if token not in self.special_tokens:
+        raise TokenizerError(
+            f"{token!r} is no special token of this tokenizer, whose are"
+            f" {', '.join(self.special_tokens)}: the text was made by the chat"
+            " template of another."
+        )
+    if not before:
+      return self._backend.encode_marked(text)
+    token = special_tokens.last_marked(before)
+    if token and last_id == self.special_tokens[token]:
+      # What stands directly behind a special token may be the start of a word.
+      return self._backend.encode_marked(mark(token) + text)[1:]
+    plain = text.partition(MARK)[0]
+    ids = self.encode(plain, continues=True)
+    rest = text[len(plain):]
+    return ids + (self._backend.encode_marked(rest) if rest else [])
+
+  def template(self, choice: str) -> chat.Template:
+    """The chat template of a config, which may place special tokens.
+
+    Args:
+      choice: 'tokenizer' for this tokenizer's own; else see `chat.find`.
+
+    Raises:
+      chat.ChatTemplateError: there is none.
+    """
+    if choice == chat.OWN and not self.chat_template:
+      raise chat.ChatTemplateError(
+          f"chat_template={choice!r}: this tokenizer has no chat template; give"
+          f" {', '.join(map(repr, chat.TEMPLATES))}, a .jinja file or a Jinja"
+          " string."
+      )
+    source = self.chat_template if choice == chat.OWN else chat.find(choice)
+    texts = {"eos": self._text(self.eos_id), "bos": self.bos_token}
+    names = tokenizer_files.names(texts, self._backend)
+    return chat.Template(source, chat.name_of(choice), **names)
+
+  def _text(self, id_: int | None) -> str | None:
+    return None if id_ is None else self._backend.piece(id_)
+
+  @property
+  def bos_token(self) -> str | None:
+    """The start token's text, or None."""
+    return self._text(self.bos_id)
+
+  @property
+  def pad_token(self) -> str:
+    """The text of what fills rows."""
+    return self._text(self.pad_id)
+
+  def piece(self, id_: int) -> str:
+    """What one id says, for people: a part of a character by its bytes."""
+    for token, special in self.special_tokens.items():
+      if special == id_:
+        return token
+    text = self.decode([id_], continues=True)
+    return self._backend.name(id_) if "\ufffd" in text or not text else text
 
   def decode(self, ids: Sequence[int], *, continues: bool = False) -> str:
     """Text of `ids`; special tokens are dropped.
@@ -326,12 +386,17 @@ class Tokenizer:
 
   def save(self, directory: str | pathlib.Path) -> None:
     """Writes the files that `load` reads (and transformers, for a BPE)."""
-    directory = pathlib.Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    for stale in {_HF_FILE, _HF_CONFIG, _SPM_FILE} - self._files.keys():
-      (directory / stale).unlink(missing_ok=True)
-    for name, content in self._files.items():
-      (directory / name).write_bytes(content)
+    tokenizer_files.write(directory, self._files)
+
+  def export(self, directory: str | pathlib.Path) -> None:
+    """Writes the files of a model's folder that transformers reads.
+
+    Ids are the same there, of a sentencepiece model too; generation_config.json
+    lists what ends a completion.
+    """
+    tokenizer_files.write(
+        directory, tokenizer_files.exported_files(self, self._backend)
+    )
 
 
 def _plain_ids(row: Any) -> list[int]:
@@ -339,59 +404,19 @@ def _plain_ids(row: Any) -> list[int]:
   return row.tolist() if hasattr(row, "tolist") else [int(x) for x in row]
 
 
-def _read(path: pathlib.Path) -> bytes:
-  try:
-    return path.read_bytes()
-  except OSError as error:
-    raise TokenizerError(f"{path}: {error.strerror}.") from error
-
-
-def _load_proto(proto: bytes) -> sentencepiece.SentencePieceProcessor:
-  return sentencepiece.SentencePieceProcessor(model_proto=proto)
-
-
-def _complete_special_ids(
-    ids: dict[str, int | None], unk_id: int | None, name: str
-) -> dict[str, int | None]:
-  """Checks that eos exists and finds a pad id that is neither eos nor bos."""
-  if ids["eos"] is None:
+def _check_eos(eos_id: int | None, name: str) -> None:
+  if eos_id is None:
     raise TokenizerError(
         f"{name}: no end-of-sequence token. Completions could never end; set"
         " eos_token in its tokenizer_config.json."
     )
-  taken = {ids["eos"], ids["bos"]}
-  if ids["pad"] is None or ids["pad"] in taken:
-    lenders = [unk_id, *range(len(taken) + 1)]
-    free = [i for i in lenders if i is not None and i >= 0 and i not in taken]
-    ids = ids | {"pad": free[0]}
-  return ids
 
 
-def _without_prefix_space(spec: Any) -> Any:
-  """A tokenizer.json with every rule that adds or strips a first space off.
-
-  The rules are `Prepend` normalizers, `Metaspace` with a prepend scheme,
-  `ByteLevel` with add_prefix_space, and `Strip` decoders of leading spaces.
-  """
-  spec = copy.copy(spec)
-  for stage in ("normalizer", "pre_tokenizer", "decoder"):
-    spec[stage] = _strip_stage(spec.get(stage))
-  return spec
-
-
-def _strip_stage(stage: dict | None) -> dict | None:
-  if stage is None or stage["type"] == "Prepend":
-    return None
-  stage = dict(stage)
-  if stage["type"] == "Sequence":
-    for key in ("normalizers", "pretokenizers", "decoders"):
-      if key in stage:
-        parts = [_strip_stage(part) for part in stage[key]]
-        stage[key] = [part for part in parts if part is not None]
-  elif stage["type"] == "Metaspace":
-    stage["prepend_scheme"] = "never"
-  elif stage["type"] == "ByteLevel":
-    stage["add_prefix_space"] = False
-  elif stage["type"] == "Strip" and "start" in stage:
-    stage["start"] = 0
-  return stage
+def _check_unicode(index: int, text: str) -> None:
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise ValueError(
+        f"text {index} holds a lone surrogate at character {error.start},"
+        " which is no Unicode text; clean it before encoding."
+    ) from error

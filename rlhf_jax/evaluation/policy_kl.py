@@ -6,13 +6,14 @@ from typing import Any
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhf_jax.losses import chunking, masking
 from rlhf_jax.losses import kl as kl_lib
-from rlhf_jax.losses import masking
+from rlhf_jax.models.functions import LanguageModelFns
 from rlhf_jax.types import Rollout
 
 
 def make_episode_kl(
-    logits_fn: Callable[..., Array], ref_logits_fn: Callable[..., Array]
+    model: LanguageModelFns, ref_model: LanguageModelFns
 ) -> Callable[[Any, Any, Rollout, Float[Array, ""]], Float[Array, "B"]]:
   """Returns kl(params, ref_params, rollout, temperature) -> [B], in nats.
 
@@ -28,10 +29,23 @@ def make_episode_kl(
         [rollout.prompt_mask, rollout.completion_mask], axis=1
     )
     last = rollout.completions.shape[1] + 1
-    logits = logits_fn(params, tokens, mask, last)
-    ref_logits = ref_logits_fn(ref_params, tokens, mask, last)
-    kl = kl_lib.kl_exact(
-        logits[:, :-1], ref_logits[:, :-1], temperature=temperature
+    hiddens = (
+        model.hidden(params, tokens, mask, last)[:, :-1],
+        ref_model.hidden(ref_params, tokens, mask, last)[:, :-1],
+    )
+
+    def measure(hidden, ref_hidden):
+      return kl_lib.kl_exact(
+          model.logits(params, hidden),
+          ref_model.logits(ref_params, ref_hidden),
+          temperature=temperature,
+      )
+
+    kl = chunking.map_positions(
+        measure,
+        hiddens,
+        rollout.completion_mask,
+        chunk_size=model.chunk_size,
     )
     return masking.masked_sum(kl, rollout.completion_mask, axis=1)
 

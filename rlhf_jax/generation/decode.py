@@ -1,8 +1,8 @@
 """Prompts to completions: one prefill, then a loop that ends early.
 
 1. The left-padded prompts run once and fill the cache.
-2. Each step draws one token a row. A row ends at `eos_id`, or at a stop id from
-   completion token `stop_after` on; the token that ended it belongs to the
+2. Each step draws one token a row. A row ends at an end id, or at a stop id
+   from completion token `stop_after` on; the token that ended it belongs to the
    completion. Ended rows hold `pad_id` and mask 0 from there on.
 3. The loop ends when every row has ended, at the latest after max_new_tokens.
 
@@ -21,6 +21,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rlhf_jax.generation import sampling
 from rlhf_jax.losses import language_modeling
+from rlhf_jax.models import lora
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import Cache, init_cache
 from rlhf_jax.types import Rollout, pytree_dataclass, static
@@ -35,6 +36,7 @@ class SamplingConfig:
     Both bound what is drawn; the logprobs stay those of the full distribution.
   greedy: argmax instead of a draw.
   eos_id: ends a completion anywhere; -1 if nothing does.
+  other_eos_ids: so do these; models for chats have several.
   stop_ids: end it from completion token `stop_after` (counted from 0) on, e.g.
     the id of "." with stop_after=16 (Ziegler et al., arXiv 1909.08593).
   pad_id: stands after the end; it may equal any other id, as masks are arrays.
@@ -47,6 +49,7 @@ class SamplingConfig:
   top_k: int = static(0)
   use_top_p: bool = static(False)
   greedy: bool = static(False)
+  other_eos_ids: tuple[int, ...] = static(())
   stop_ids: tuple[int, ...] = static(())
   stop_after: int = static(0)
   pad_id: int = static(0)
@@ -81,7 +84,7 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
   The returned function is pure; jit it. Its arguments:
-    params: of the LanguageModel.
+    params: of the LanguageModel; also a base with an adapter.
     prompts, prompt_mask: [B, P], left-padded.
     rng: one key.
     cfg: SamplingConfig; its static fields fix the program.
@@ -110,7 +113,7 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
     # The last token drawn is never fed back, so it needs no slot.
     length = p + max(cfg.max_new_tokens - 1, 1)
     cache = init_cache(model.config, b, length)
-    variables = {"params": params}
+    variables = lora.variables(params)
     logits, cache = model.apply(
         variables, prompts, prompt_mask, cache, last=1
     )
@@ -195,9 +198,13 @@ def _choose(logits, row_rngs, step, cfg: SamplingConfig) -> Int[Array, "B"]:
 
 
 def _ends(drawn, step, cfg: SamplingConfig) -> Bool[Array, "B"]:
-  ends = drawn == cfg.eos_id
+  ends = _is_any(drawn, (cfg.eos_id, *cfg.other_eos_ids))
   if cfg.stop_ids:
-    stop_ids = jnp.asarray(cfg.stop_ids, jnp.int32)
-    stops = jnp.any(drawn[:, None] == stop_ids[None], axis=-1)
+    stops = _is_any(drawn, cfg.stop_ids)
     ends = ends | (stops & (step >= cfg.stop_after))
   return ends
+
+
+def _is_any(drawn, ids: tuple[int, ...]) -> Bool[Array, "B"]:
+  ids = jnp.asarray(ids, jnp.int32)
+  return jnp.any(drawn[:, None] == ids[None], axis=-1)

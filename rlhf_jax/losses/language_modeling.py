@@ -9,7 +9,7 @@ Everything is computed in float32 whatever the dtype of the logits.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, ScalarLike
+from jaxtyping import Array, Float, Int, ScalarLike, Shaped
 
 
 def selected_logprobs(
@@ -50,6 +50,30 @@ def selected_logprobs(
   return selected - log_normalizer
 
 
+def predictions_and_targets(
+    predictions: Shaped[Array, "B N ..."], tokens: Int[Array, "B N"]
+) -> tuple[Shaped[Array, "B N-1 ..."], Int[Array, "B N-1"]]:
+  """What position i says, beside the token that follows it.
+
+  The one place where the two are shifted against each other.
+
+  Args:
+    predictions: logits, or the hidden states that they are computed from;
+      position i predicts token i + 1.
+    tokens: in [0, V).
+
+  Returns:
+    predictions of all positions but the last, and all tokens but the first. A
+    mask of tokens goes with them as mask[:, 1:].
+
+  Example:
+    >>> tokens = jnp.array([[5, 6, 7]])
+    >>> predictions_and_targets(jnp.zeros((1, 3, 8)), tokens)[1].tolist()
+    [[6, 7]]
+  """
+  return predictions[:, :-1], tokens[:, 1:]
+
+
 def token_logprobs(
     logits: Float[Array, "B N V"],
     tokens: Int[Array, "B N"],
@@ -59,8 +83,6 @@ def token_logprobs(
   """Log-probability of each token but the first, given those before it.
 
   out[:, i] = log p(tokens[:, i + 1] | tokens[:, :i + 1])
-
-  The one place where logits and tokens are shifted against each other.
 
   Args:
     logits: position i predicts token i + 1.
@@ -75,7 +97,7 @@ def token_logprobs(
     (1, 2)
   """
   return selected_logprobs(
-      logits[:, :-1], tokens[:, 1:], temperature=temperature
+      *predictions_and_targets(logits, tokens), temperature=temperature
   )
 
 
@@ -103,34 +125,32 @@ def entropy(
 
 
 def cross_entropy_loss(
-    logits: Float[Array, "B N V"],
-    tokens: Int[Array, "B N"],
+    logits: Float[Array, "*batch V"],
+    targets: Int[Array, "*batch"],
     *,
     z_loss_coef: ScalarLike = 0.0,
-) -> Float[Array, "B N-1"]:
-  """Next-token cross-entropy, optionally with the z-loss.
+) -> Float[Array, "*batch"]:
+  """Cross-entropy, optionally with the z-loss.
 
-  -log p(tokens[:, i + 1]) + z_loss_coef * (log Z_i)^2
+  -log p(target) + z_loss_coef * (log Z)^2
 
   Args:
-    logits: position i predicts token i + 1.
-    tokens: in [0, V).
+    logits: any float dtype; of the position *before* each target, see
+      `predictions_and_targets`.
+    targets: in [0, V).
     z_loss_coef: at least 0; holds the softmax normaliser Z close to 1.
 
   Returns:
-    float32; entry i is the loss of token i + 1, so it goes with
-    `loss_mask[:, 1:]`; unreduced.
+    float32 of the shape of targets, unreduced.
 
   Reference: z-loss: Chowdhery et al., PaLM, arXiv 2204.02311, section 5.
 
   Example:
-    >>> loss = cross_entropy_loss(jnp.zeros((1, 2, 4)), jnp.array([[0, 1]]))
-    >>> round(float(jnp.exp(loss)[0, 0]), 4)
+    >>> loss = cross_entropy_loss(jnp.zeros((1, 4)), jnp.array([1]))
+    >>> round(float(jnp.exp(loss)[0]), 4)
     4.0
   """
-  log_normalizer = jax.nn.logsumexp(
-      logits[:, :-1].astype(jnp.float32), axis=-1
-  )
-  return z_loss_coef * jnp.square(log_normalizer) - token_logprobs(
-      logits, tokens
+  log_normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
+  return z_loss_coef * jnp.square(log_normalizer) - selected_logprobs(
+      logits, targets
   )

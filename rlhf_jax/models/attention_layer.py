@@ -1,10 +1,13 @@
 """The attention of a layer: projections around `attention.attend`."""
 
+import functools
+
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, attention_kernels
 from rlhf_jax.models.layers import Norm, Projection
 from rlhf_jax.models.transformer_config import TransformerConfig
 
@@ -14,11 +17,12 @@ class Attention(nn.Module):
   residual_stddev: float
 
   @nn.compact
-  def __call__(self, x, sight, past):
+  def __call__(self, x, sight, past, is_full):
     """Returns (output, this call's keys and values [B, J, N, K]).
 
     sight: this layer's masks and rotations, see `transformer.py`.
     past: None without a cache, () with an empty one, else its (k, v).
+    is_full: None, or traced where layers differ: this one has no window.
     """
     cfg = self.config
     kv_shape = (cfg.width, cfg.num_kv_heads, cfg.head_dim)
@@ -34,14 +38,17 @@ class Attention(nn.Module):
       query = attention.apply_rotary(query, *sight["rotary"])
       key = attention.apply_rotary(key, *sight["rotary"])
     query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
-    keys, values, masks = [key], [value], [sight["mask"]]
     if past:
-      keys.append(past[0])
-      values.append(past[1])
-      masks.append(sight["past_mask"])
-    out = attention.attend(
-        query, keys, values, masks, cfg.query_scale, cfg.attention_softcap
-    )
+      out = attention.attend(
+          query,
+          [key, past[0]],
+          [value, past[1]],
+          [sight["mask"], sight["past_mask"]],
+          cfg.query_scale,
+          cfg.attention_softcap,
+      )
+    else:
+      out = self._attend_to_itself(query, key, value, sight, is_full)
     out = Projection(
         cfg,
         (cfg.num_heads, cfg.head_dim, cfg.width),
@@ -51,6 +58,39 @@ class Attention(nn.Module):
         name="out",
     )(jnp.swapaxes(out, 1, 2))
     return out, (key, value)
+
+  def _attend_to_itself(self, query, key, value, sight, is_full):
+    cfg = self.config
+    backend = attention_kernels.choose_backend(
+        cfg.attention_backend,
+        dtype=cfg.dtype,
+        head_dim=cfg.head_dim,
+        softcap=cfg.attention_softcap,
+        platform=attention_kernels.platform_of(query),
+    )
+    scale, softcap = cfg.query_scale, cfg.attention_softcap
+    if backend == "xla":
+      return attention.attend(
+          query, [key], [value], [sight["mask"]], scale, softcap
+      )
+    kernel = functools.partial(
+        attention_kernels.attend,
+        backend,
+        query,
+        key,
+        value,
+        sight["segment_ids"],
+        scale=scale,
+        softcap=softcap,
+    )
+    if is_full is None:
+      return kernel(window=cfg.sliding_window)
+    # A kernel is made for its window.
+    return jax.lax.cond(
+        is_full,
+        lambda: kernel(window=0),
+        lambda: kernel(window=cfg.sliding_window),
+    )
 
   def _norm(self, x: Float[Array, "B N H K"], name: str):
     norm = Norm(self.config, name=name)

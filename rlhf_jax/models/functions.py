@@ -1,22 +1,84 @@
 """Models as plain functions of params, as the updates take them.
 
 `segment_ids` is an attention mask (1 real, 0 padding) or the segment ids of
-packed documents.
+packed documents. Params may be plain, or a base with an adapter: see
+`models/lora.py`.
 """
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float
 
-from rlhf_jax.models import heads
+from rlhf_jax.models import heads, lora
 from rlhf_jax.models.transformer import TransformerConfig
 
 
-def make_logits_fn(config: TransformerConfig):
-  """(params, tokens [B, T], segment_ids [B, T], last=None) -> [B, last, V]."""
+@dataclasses.dataclass(frozen=True)
+class LanguageModelFns:
+  """A language model in two parts, so that logits need not exist all at once.
+
+  hidden: (params, tokens [B, T], segment_ids [B, T], last=None) ->
+    [B, last, D], of the last `last` positions (None: all).
+  logits: (params, hidden [B, n, D]) -> [B, n, V], of any positions.
+  chunk_size: positions of a row that should go through `logits` at once, see
+    `losses/chunking.py`.
+  """
+
+  hidden: Callable[..., Float[Array, "B N D"]]
+  logits: Callable[[Any, Float[Array, "B n D"]], Float[Array, "B n V"]]
+  chunk_size: int
+
+
+@dataclasses.dataclass(frozen=True)
+class PolicyValueFns:
+  """A policy and its value network; params are {'policy', 'value'}.
+
+  hidden_and_values: (params, tokens [B, T], segment_ids [B, T], last) ->
+    (hidden [B, last, D], values [B, last]), of the last `last` positions.
+  logits, chunk_size: as in `LanguageModelFns`; logits takes all params too.
+  """
+
+  hidden_and_values: Callable[
+      ..., tuple[Float[Array, "B N D"], Float[Array, "B N"]]
+  ]
+  logits: Callable[[Any, Float[Array, "B n D"]], Float[Array, "B n V"]]
+  chunk_size: int
+
+
+def make_language_model(config: TransformerConfig) -> LanguageModelFns:
+  """The functions of a LanguageModel of this shape."""
   model = heads.LanguageModel(config)
 
+  def hidden(params, tokens, segment_ids, last=None):
+    return model.apply(
+        lora.variables(params),
+        tokens,
+        segment_ids,
+        last=last,
+        method="hidden",
+    )[0]
+
+  def logits(params, hidden):
+    weights = lora.weights_of(params)
+    return model.apply({"params": weights}, hidden, method="logits")
+
+  return LanguageModelFns(hidden, logits, config.head_chunk_size)
+
+
+def make_logits_fn(config: TransformerConfig):
+  """(params, tokens [B, T], segment_ids [B, T], last=None) -> [B, last, V].
+
+  All logits at once; what measures them takes `make_language_model`.
+  """
+  model = make_language_model(config)
+
   def logits_fn(params, tokens, segment_ids, last=None):
-    return model.apply({"params": params}, tokens, segment_ids, last=last)[0]
+    hidden = model.hidden(params, tokens, segment_ids, last)
+    return model.logits(params, hidden)
 
   return logits_fn
 
@@ -31,7 +93,10 @@ def make_router_fn(config: TransformerConfig):
 
   def router_fn(params, tokens, segment_ids):
     (logits, _), sown = model.apply(
-        {"params": params}, tokens, segment_ids, mutable=["intermediates"]
+        lora.variables(params),
+        tokens,
+        segment_ids,
+        mutable=["intermediates"],
     )
     layers = sown["intermediates"]["trunk"]["layers"]
     return logits, layers["feed_forward"]["router_probs"][0]
@@ -44,41 +109,45 @@ def make_score_fn(config: TransformerConfig):
   model = heads.ScalarModel(config)
 
   def score_fn(params, tokens, attention_mask):
-    scalars = model.apply({"params": params}, tokens, attention_mask)
+    scalars = model.apply(lora.variables(params), tokens, attention_mask)
     return heads.sequence_scores(scalars, attention_mask)
 
   return score_fn
 
 
-def make_policy_value_fn(
+def make_policy_value(
     policy_config: TransformerConfig, value_config: TransformerConfig | None
-):
-  """(params, tokens, segment_ids, last) -> (logits [B, last, V], values).
+) -> PolicyValueFns:
+  """The functions of a policy and its value network.
 
   params is {'policy': language-model params, 'value': value params}, where the
   value params are those of a whole ScalarModel of `value_config`, or, if that
-  is None, of a scalar head that reads the policy's own trunk.
+  is None, of a scalar head that reads the policy's own trunk. What else is in
+  params belongs to both: a base that each has its own adapter on.
   """
-  policy = heads.LanguageModel(policy_config)
+  policy = make_language_model(policy_config)
   value = heads.ScalarModel(value_config) if value_config else None
   shared_head = heads.ScalarHead(policy_config)
 
-  def policy_value_fn(params, tokens, segment_ids, last):
-    hidden, logits, _ = policy.apply(
-        {"params": params["policy"]},
-        tokens,
-        segment_ids,
-        last=last,
-        method="hidden_and_logits",
-    )
+  def hidden_and_values(params, tokens, segment_ids, last):
+    hidden = policy.hidden(_of(params, "policy"), tokens, segment_ids, last)
     if value is None:
-      return logits, shared_head.apply({"params": params["value"]}, hidden)
-    values = value.apply(
-        {"params": params["value"]}, tokens, segment_ids, last=last
-    )
-    return logits, values
+      variables = {"params": params["value"]}
+      return hidden, shared_head.apply(variables, hidden)
+    variables = lora.variables(_of(params, "value"))
+    return hidden, value.apply(variables, tokens, segment_ids, last=last)
 
-  return policy_value_fn
+  return PolicyValueFns(
+      hidden_and_values,
+      lambda params, hidden: policy.logits(_of(params, "policy"), hidden),
+      policy.chunk_size,
+  )
+
+
+def _of(params: dict[str, Any], name: str) -> dict[str, Any]:
+  """One model's params, with what it shares."""
+  shared = {k: v for k, v in params.items() if k not in ("policy", "value")}
+  return shared | params[name]
 
 
 def init_language_model(rng: jax.Array, config: TransformerConfig):

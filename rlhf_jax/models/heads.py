@@ -46,24 +46,27 @@ class LanguageModel(nn.Module):
         packed documents; None means that every token is real.
       last: static; positions before the last `last` skip the head.
     """
-    _, logits, cache = self.hidden_and_logits(tokens, segment_ids, cache, last)
-    return logits, cache
+    hidden, cache = self.hidden(tokens, segment_ids, cache, last)
+    return self.logits(hidden), cache
 
-  def hidden_and_logits(
+  def hidden(
       self,
       tokens: Int[Array, "B N"],
       segment_ids: Int[Array, "B N"] | None = None,
       cache: Cache | None = None,
       last: int | None = None,
-  ) -> tuple[Float[Array, "B M D"], Float[Array, "B M V"], Cache | None]:
-    """As __call__, with the hidden states: for a value head on this trunk."""
+  ) -> tuple[Float[Array, "B M D"], Cache | None]:
+    """As __call__, before the head."""
     if segment_ids is None:
       segment_ids = jnp.ones_like(tokens)
     hidden, cache = self.trunk(tokens, segment_ids, cache)
-    hidden = _last(hidden, last)
+    return _last(hidden, last), cache
+
+  def logits(self, hidden: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
+    """The head alone, on any positions' hidden states."""
     if self.config.tie_head:
-      return hidden, self.trunk.tied_logits(hidden), cache
-    return hidden, self.head(hidden), cache
+      return self.trunk.tied_logits(hidden)
+    return self.head(hidden)
 
 
 class VocabularyHead(nn.Module):

@@ -22,7 +22,8 @@ one scan):
     final_norm/scale
 
 Norms and softmax run in float32 whatever the compute dtype. There is no
-dropout: a policy's log-probabilities must be a function of its parameters.
+dropout: a policy's log-probabilities must be a function of its parameters. A
+projection adds what an adapter has for it, see `lora.py`.
 """
 
 import functools
@@ -103,7 +104,7 @@ class Block(nn.Module):
     # GPT-2's rule: 2L residual additions keep the stream's variance.
     stddev = INIT_STDDEV / (2 * cfg.num_layers) ** 0.5
     out, new = Attention(cfg, stddev, name="attention")(
-        self._norm("pre", "attention_norm", x), sight, past
+        self._norm("pre", "attention_norm", x), sight, past, is_full
     )
     attended = x + self._norm("post", "attention_post_norm", out)
     middle = x if cfg.parallel_residual else attended
@@ -141,7 +142,7 @@ class Transformer(nn.Module):
     block = nn.remat(Block, prevent_cse=unrolled) if cfg.remat else Block
     self.layers = nn.scan(
         block,
-        variable_axes={"params": 0, "intermediates": 0},
+        variable_axes={"params": 0, "adapter": 0, "intermediates": 0},
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0, 0),
         out_axes=0,
@@ -235,9 +236,13 @@ def _sight(
 ) -> dict[str, Any]:
   """Masks and rotations, which all layers of one kind share.
 
-  {"mask", "past_mask" with a cache, "rotary": (sin, cos) if rotary}
+  {"segment_ids", "mask", "past_mask" with a cache, "rotary": (sin, cos) if
+  rotary}
   """
-  sight = {"mask": attention.causal_mask(segment_ids, window)}
+  sight = {
+      "segment_ids": segment_ids,
+      "mask": attention.causal_mask(segment_ids, window),
+  }
   if config.position == "rotary":
     sight["rotary"] = attention.rotary_tables(
         positions, config.rotary_dim, theta, scaling

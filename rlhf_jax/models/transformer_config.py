@@ -13,12 +13,14 @@ _CHOICES = {
     "activation": ("swiglu", "geglu", "gelu", "gelu_exact", "relu"),
     "attention_bias": ("none", "qkv", "all"),
     "qk_norm": ("none", "head", "whole"),
+    "attention_backend": ("auto", "xla", "cudnn", "splash"),
     "dtype": ("float32", "bfloat16"),
     "param_dtype": ("float32", "bfloat16"),
 }
 _POSITIVE = (
     "vocab_size num_layers width num_heads num_kv_heads head_dim ff_dim "
-    "max_length scan_unroll norm_epsilon rope_theta rotary_fraction"
+    "max_length scan_unroll head_chunk_size norm_epsilon rope_theta "
+    "rotary_fraction"
 ).split()
 _NOT_NEGATIVE = (
     "query_scale_dim attention_softcap logit_softcap local_rope_theta "
@@ -61,7 +63,13 @@ class TransformerConfig:
     (training keeps float32; in bfloat16 small steps round away).
   remat: recompute each layer in the backward pass instead of storing it.
   scan_unroll: layers a scan iteration; more is faster to run on CPU and slower
-    to compile. It and remat never change a result.
+    to compile.
+  head_chunk_size: positions of a row whose logits exist at a time where a loss
+    measures them.
+  attention_backend: 'xla' computes all scores, 'cudnn' and 'splash' are the
+    kernels of `attention_kernels.py`, 'auto' is the one of the platform.
+    Decoding over a cache is always 'xla'. This and the three before change
+    memory and speed, and a result by no more than rounding.
   """
 
   vocab_size: int
@@ -102,6 +110,8 @@ class TransformerConfig:
   param_dtype: Literal["float32", "bfloat16"] = "float32"
   remat: bool = False
   scan_unroll: int = 1
+  head_chunk_size: int = 128
+  attention_backend: Literal["auto", "xla", "cudnn", "splash"] = "auto"
 
   def __post_init__(self):
     for name in _POSITIVE:

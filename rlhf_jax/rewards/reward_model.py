@@ -25,7 +25,7 @@ def make_reward_model(
 ) -> RewardFn:
   """Scores episodes by a reward model: gain * raw + bias at the last token.
 
-  The last token of a completion that ended is the end token, as it was when the
+  The last token of a completion that ended is an end token, as it was when the
   reward model was trained: where a stop token ended it, the end token is put
   behind. With the policy's tokenizer the rollout's own tokens are scored, and
   nothing leaves the device. With another, prompt and completion are encoded
@@ -41,7 +41,7 @@ def make_reward_model(
     raw = score_fn(params, tokens, mask)
     return normalization.gain * raw + normalization.bias
 
-  close = jax.jit(functools.partial(_closed, eos_id=tokenizer.eos_id))
+  close = jax.jit(functools.partial(_closed, eos_ids=tokenizer.eos_ids))
 
   def reward(episodes: Episodes):
     if episodes.tokenizer.fingerprint == tokenizer.fingerprint:
@@ -59,20 +59,24 @@ def make_reward_model(
 
 
 def _closed(
-    rollout: Rollout, *, eos_id: int
+    rollout: Rollout, *, eos_ids: tuple[int, ...]
 ) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-  """Tokens and mask, T = P + C + 1, with the end token behind a stop token."""
+  """Tokens and mask, T = P + C + 1, with the end token behind a stop token.
+
+  The first of `eos_ids` is put there; a completion that ends with any of them
+  has its end.
+  """
   tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
   mask = jnp.concatenate(
       [rollout.prompt_mask, rollout.completion_mask], axis=1
   )
   last = masking.last_index(mask)[:, None]
-  stopped = rollout.ended[:, None] & (
-      jnp.take_along_axis(tokens, last, axis=1) != eos_id
-  )
+  final = jnp.take_along_axis(tokens, last, axis=1)
+  has_end = jnp.isin(final, jnp.asarray(eos_ids, tokens.dtype))
+  stopped = rollout.ended[:, None] & ~has_end
   tokens, mask = (jnp.pad(x, ((0, 0), (0, 1))) for x in (tokens, mask))
   here = stopped & (jnp.arange(tokens.shape[1])[None] == last + 1)
-  return jnp.where(here, eos_id, tokens), jnp.where(here, 1, mask)
+  return jnp.where(here, eos_ids[0], tokens), jnp.where(here, 1, mask)
 
 
 # Few widths, so that few programs are compiled.

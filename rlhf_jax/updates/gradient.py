@@ -9,6 +9,7 @@ which a moving average with b2 = 0.999 does not move.
 """
 
 from collections.abc import Callable
+import math
 from typing import Any
 
 import jax
@@ -64,6 +65,25 @@ def map_microbatches(
   if num_microbatches == 1:
     return fn(batch)
   return join_rows(jax.lax.map(fn, split_rows(batch, num_microbatches)))
+
+
+def dropout_rngs(
+    frozen: dict[str, Any], state: TrainState, shape: tuple[int, ...]
+) -> dict[str, Any]:
+  """{"row_rngs": keys of `shape`} for this step, {} where nothing drops out.
+
+  A key is that of the step and of the row's number in the whole batch, so that
+  microbatches and devices change no mask. They go through `split_rows` beside
+  the batch.
+
+  Args:
+    frozen: with "adapter_dropout" or without; see `models/lora.py`.
+  """
+  if "adapter_dropout" not in frozen:
+    return {}
+  rng = jax.random.fold_in(state.rng, state.step)
+  fold = jax.vmap(jax.random.fold_in, (None, 0))
+  return {"row_rngs": fold(rng, jnp.arange(math.prod(shape))).reshape(shape)}
 
 
 def accumulate_gradients(

@@ -34,7 +34,7 @@ microbatches and devices change nothing (N+ averages each device's mean).
    8. Clipped surrogate (1707.06347, equation 7) and clipped value loss
       (1909.08593's code), both averaged over the minibatch's real tokens.
    9. The value network is separate or shares the policy's trunk: the params are
-      {'policy', 'value'} and `policy_value_fn` knows which.
+      {'policy', 'value'} and `PolicyValueFns` knows which.
   10. Entropy bonus (off by default) and PTX: ptx_coef times the language-model
       loss on pretraining text (InstructGPT, 2203.02155, equation 2), one slice
       of `ptx` for every minibatch; every epoch sees the same slices again.
@@ -43,7 +43,9 @@ microbatches and devices change nothing (N+ averages each device's mean).
   12. Once a minibatch's KL from the old policy exceeds `max_update_kl`, the
       rest of the update is skipped (OpenAI Spinning Up, "early stopping"; there
       the minibatch that exceeds is not applied, here it still is).
-  13. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
+  13. The head sees completion positions alone, some at a time; log-probs,
+      entropy and exact KL come out of the same pass (`losses/chunking.py`).
+  14. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
       "Adam's epsilon"; TensorFlow's placement is optional).
 
 rollout -> score_rollout -> [epochs x minibatches: objective -> step] -> kl_coef
@@ -59,18 +61,16 @@ import optax
 
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import (
-  kl as kl_lib,
-)
-from rlhf_jax.losses import (
+  chunking,
   language_modeling,
   masking,
   policy_gradient,
   value,
 )
-from rlhf_jax.losses import (
-  returns as returns_lib,
-)
+from rlhf_jax.losses import kl as kl_lib
+from rlhf_jax.losses import returns as returns_lib
 from rlhf_jax.metrics import Metrics
+from rlhf_jax.models.functions import LanguageModelFns, PolicyValueFns
 from rlhf_jax.train_state import TrainState, create_train_state
 from rlhf_jax.types import (
   LMBatch,
@@ -80,17 +80,6 @@ from rlhf_jax.types import (
   static,
 )
 from rlhf_jax.updates import gradient
-
-# (params, tokens [B, T], segment_ids [B, T], last) ->
-#   (logits [B, last, V], values [B, last]), of the last `last` positions
-PolicyValueFn = Callable[
-    [Any, Int[Array, "B T"], Int[Array, "B T"], int],
-    tuple[Float[Array, "B N V"], Float[Array, "B N"]],
-]
-# The same for the reference policy, which has no values.
-LogitsFn = Callable[
-    [Any, Int[Array, "B T"], Int[Array, "B T"], int], Float[Array, "B N V"]
-]
 
 
 @pytree_dataclass
@@ -131,7 +120,11 @@ class PPOConfig:
 
 @pytree_dataclass
 class PPOState:
-  """train.params is {'policy', 'value'}; iteration counts rollouts."""
+  """train.params is {'policy', 'value'}; iteration counts rollouts.
+
+  Under adapters these are {'policy': {'adapter'}, 'value': {'adapter', 'head'}}
+  and one frozen base serves both, and the reference policy without any.
+  """
 
   train: TrainState
   kl_coef: Float[Array, ""]
@@ -157,20 +150,10 @@ def iteration_rng(state: PPOState) -> jax.Array:
   return jax.random.fold_in(state.train.rng, state.iteration)
 
 
-def policy_outputs(
-    policy_value_fn: PolicyValueFn, params: Any, rollout: Rollout
-) -> tuple[Float[Array, "B N V"], Float[Array, "B C"]]:
-  """Logits of positions P-1 .. P+C-1, values before each completion token.
-
-  `token_logprobs` shifts the logits; the values shift here, alike.
-  """
-  tokens_BT, mask_BT = _whole(rollout)
-  last = rollout.completions.shape[1] + 1
-  logits_BNV, values_BN = policy_value_fn(params, tokens_BT, mask_BT, last)
-  return logits_BNV, values_BN[:, :-1]
-
-
-def _whole(rollout: Rollout) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+def whole_sequence(
+    rollout: Rollout,
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+  """Prompts and completions side by side, and their mask."""
   tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
   mask = jnp.concatenate(
       [rollout.prompt_mask, rollout.completion_mask], axis=1
@@ -178,39 +161,51 @@ def _whole(rollout: Rollout) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
   return tokens, mask
 
 
-def _last_tokens(rollout: Rollout) -> Int[Array, "B N"]:
-  return jnp.concatenate(
-      [rollout.prompts[:, -1:], rollout.completions], axis=1
+def hidden_and_values(
+    model: PolicyValueFns, params: Any, rollout: Rollout
+) -> tuple[Float[Array, "B C D"], Float[Array, "B C"]]:
+  """Of the positions P-1 .. P+C-2, each before a completion token."""
+  last = rollout.completions.shape[1] + 1
+  hidden, values = model.hidden_and_values(
+      params, *whole_sequence(rollout), last
   )
+  return hidden[:, :-1], values[:, :-1]
 
 
 def make_score_rollout(
-    policy_value_fn: PolicyValueFn, ref_logits_fn: LogitsFn
+    model: PolicyValueFns, ref_model: LanguageModelFns
 ) -> Callable[..., tuple[ScoredRollout, Metrics]]:
   """Returns score_rollout(params, ref_params, rollout, score, kl_coef, cfg)."""
 
   def forward(params, ref_params, rollout, temperature):
-    """Everything that needs logits, which never leave this function."""
-    logits, values = policy_outputs(policy_value_fn, params, rollout)
-    tokens_BT, mask_BT = _whole(rollout)
-    ref_logits = ref_logits_fn(ref_params, tokens_BT, mask_BT, logits.shape[1])
-    logprobs, ref_logprobs = (
-        language_modeling.token_logprobs(
-            x, _last_tokens(rollout), temperature=temperature
-        )
-        for x in (logits, ref_logits)
+    hidden, values = hidden_and_values(model, params, rollout)
+    ref_hidden = ref_model.hidden(
+        ref_params, *whole_sequence(rollout), hidden.shape[1] + 1
+    )[:, :-1]
+
+    def measure(hidden, ref_hidden, ids):
+      logits = model.logits(params, hidden)
+      ref_logits = ref_model.logits(ref_params, ref_hidden)
+      at = dict(temperature=temperature)
+      return (
+          language_modeling.selected_logprobs(logits, ids, **at),
+          language_modeling.selected_logprobs(ref_logits, ids, **at),
+          kl_lib.kl_exact(logits, ref_logits, **at),
+          language_modeling.entropy(logits, **at),
+      )
+
+    logprobs, ref_logprobs, kl_exact, entropy = chunking.map_positions(
+        measure,
+        (hidden, ref_hidden, rollout.completions),
+        rollout.completion_mask,
+        chunk_size=model.chunk_size,
     )
     kls = {
         "k1": kl_lib.kl_k1(logprobs, ref_logprobs),
         "k2": kl_lib.kl_k2(logprobs, ref_logprobs),
         "k3": kl_lib.kl_k3(logprobs, ref_logprobs),
-        "exact": kl_lib.kl_exact(
-            logits[:, :-1], ref_logits[:, :-1], temperature=temperature
-        ),
+        "exact": kl_exact,
     }
-    entropy = language_modeling.entropy(
-        logits[:, :-1], temperature=temperature
-    )
     return logprobs, ref_logprobs, values, kls, entropy
 
   def score_rollout(params, ref_params, rollout, score, kl_coef, cfg):
@@ -279,18 +274,27 @@ def make_score_rollout(
 def ppo_objective(
     params: Any,
     batch: ScoredRollout,
-    policy_value_fn: PolicyValueFn,
+    model: PolicyValueFns,
     cfg: PPOConfig,
     num_tokens: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
   """The batch's share of the mean loss over the minibatch's `num_tokens`."""
   mask = batch.rollout.completion_mask
-  logits, values = policy_outputs(policy_value_fn, params, batch.rollout)
-  logprobs = language_modeling.token_logprobs(
-      logits, _last_tokens(batch.rollout), temperature=cfg.temperature
-  )
-  entropy = language_modeling.entropy(
-      logits[:, :-1], temperature=cfg.temperature
+  hidden, values = hidden_and_values(model, params, batch.rollout)
+
+  def measure(hidden, ids):
+    logits = model.logits(params, hidden)
+    at = dict(temperature=cfg.temperature)
+    return (
+        language_modeling.selected_logprobs(logits, ids, **at),
+        language_modeling.entropy(logits, **at),
+    )
+
+  logprobs, entropy = chunking.map_positions(
+      measure,
+      (hidden, batch.rollout.completions),
+      mask,
+      chunk_size=model.chunk_size,
   )
   policy_loss = policy_gradient.clipped_surrogate_loss(
       logprobs, batch.old_logprobs, batch.advantages, cliprange=cfg.cliprange
@@ -322,30 +326,44 @@ def ppo_objective(
 def ptx_objective(
     params: Any,
     batch: LMBatch,
-    policy_value_fn: PolicyValueFn,
+    model: PolicyValueFns,
     num_targets: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
   """The batch's share of the mean language-model loss over `num_targets`."""
-  logits, _ = policy_value_fn(
+  hidden, _ = model.hidden_and_values(
       params, batch.tokens, batch.segment_ids, batch.tokens.shape[1]
   )
-  loss = -language_modeling.token_logprobs(logits, batch.tokens)
   mask = batch.loss_mask[:, 1:]
+
+  def measure(hidden, ids):
+    logits = model.logits(params, hidden)
+    return -language_modeling.selected_logprobs(logits, ids)
+
+  loss = chunking.map_positions(
+      measure,
+      language_modeling.predictions_and_targets(hidden, batch.tokens),
+      mask,
+      chunk_size=model.chunk_size,
+  )
   metrics = {"ppo/ptx_loss": metrics_lib.average(loss, mask)}
   return masking.masked_sum(loss, mask) / num_targets, metrics
 
 
 def make_ppo_update(
-    policy_value_fn: PolicyValueFn, tx: optax.GradientTransformation
+    model: PolicyValueFns, tx: optax.GradientTransformation
 ) -> Callable[..., tuple[PPOState, Metrics]]:
-  """Returns update(state, scored, ptx, cfg), `ptx` an LMBatch or None.
+  """Returns update(state, scored, ptx, cfg, frozen=None).
+
+  ptx: an LMBatch or None.
+  frozen: what the models take beside the params that are trained, a base under
+    adapters (`models/lora.py`).
 
   Raises (when traced):
     ValueError: if the rollout does not divide into the minibatches or these
       into the microbatches.
   """
 
-  def minibatch_step(train, minibatch, cfg):
+  def minibatch_step(train, minibatch, cfg, frozen):
     scored, ptx = minibatch
     num_tokens = scored.rollout.completion_mask.sum().astype(jnp.float32)
     num_targets = None
@@ -354,13 +372,14 @@ def make_ppo_update(
 
     def objective(params, microbatch):
       scored, ptx = microbatch
+      params = frozen | params
       loss, metrics = ppo_objective(
-          params, scored, policy_value_fn, cfg, num_tokens
+          params, scored, model, cfg, num_tokens
       )
       if ptx is None:
         return loss, metrics
       ptx_loss, ptx_metrics = ptx_objective(
-          params, ptx, policy_value_fn, num_targets
+          params, ptx, model, num_targets
       )
       return loss + cfg.ptx_coef * ptx_loss, metrics | ptx_metrics
 
@@ -369,14 +388,15 @@ def make_ppo_update(
     )
     return gradient.apply_gradients(train, grads, metrics, tx)
 
-  def update(state, scored, ptx, cfg):
+  def update(state, scored, ptx, cfg, frozen=None):
+    frozen = {} if frozen is None else frozen
     rng = jax.random.fold_in(iteration_rng(state), 1)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
 
     def one_minibatch(carry, xs):
       train, stopped = carry
-      run = lambda: minibatch_step(train, xs, cfg)
+      run = lambda: minibatch_step(train, xs, cfg, frozen)
       nothing = lambda: (
           train,
           jax.tree.map(

@@ -29,6 +29,7 @@ tokens -> score_BR at the last real token -> Bradley-Terry -> weighted mean
 from collections.abc import Callable
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
@@ -153,22 +154,30 @@ def ranking_objective(
 
 def make_reward_update(
     score_fn: ScoreFn, tx: optax.GradientTransformation
-) -> Callable[
-    [TrainState, PreferenceBatch | RankingBatch, RewardConfig],
-    tuple[TrainState, Metrics],
-]:
-  """Returns the pure update, for batches of pairs and of rankings alike."""
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns update(state, batch, cfg, frozen=None), also for rankings.
 
-  def update(state, batch, cfg):
+  frozen: what the model takes beside the params that are trained, a base under
+    an adapter (`models/lora.py`).
+  """
+
+  def update(state, batch, cfg, frozen=None):
+    frozen = {} if frozen is None else frozen
     total_weight = jnp.maximum(batch.weight.sum(), jnp.float32(1e-6))
     is_ranking = isinstance(batch, RankingBatch)
     objective_fn = ranking_objective if is_ranking else reward_objective
 
-    def objective(params, microbatch):
-      return objective_fn(params, microbatch, score_fn, cfg, total_weight)
+    rngs_BK = gradient.dropout_rngs(frozen, state, batch.tokens.shape[:2])
+
+    def objective(params, part):
+      microbatch, rngs_BK = part
+      rngs_N = jax.tree.map(lambda x: x.reshape(-1), rngs_BK)
+      return objective_fn(
+          frozen | params | rngs_N, microbatch, score_fn, cfg, total_weight
+      )
 
     grads, metrics = gradient.accumulate_gradients(
-        objective, state.params, batch, cfg.num_microbatches
+        objective, state.params, (batch, rngs_BK), cfg.num_microbatches
     )
     return gradient.apply_gradients(state, grads, metrics, tx)
 

@@ -12,27 +12,26 @@ every token.
      all but padding. The data decides, not the update.
   3. Packed documents do not attend to one another (segment ids).
 
-tokens, segment_ids, loss_mask -> logits -> -log p(token) -> masked mean
+  4. The head sees targets alone, some positions at a time: [B, T, V] logits
+     never exist (`losses/chunking.py`).
+
+tokens, segment_ids, loss_mask -> hidden -> -log p(token) -> masked mean
 """
 
 from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 import optax
 
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax.losses import language_modeling, masking
+from rlhf_jax.losses import chunking, language_modeling, masking
 from rlhf_jax.metrics import Metrics
+from rlhf_jax.models.functions import LanguageModelFns
 from rlhf_jax.train_state import TrainState
 from rlhf_jax.types import LMBatch, pytree_dataclass, static
 from rlhf_jax.updates import gradient
-
-# (params, tokens [B, T], segment_ids [B, T]) -> logits [B, T, V]
-LogitsFn = Callable[
-    [Any, Int[Array, "B T"], Int[Array, "B T"]], Float[Array, "B T V"]
-]
 
 
 @pytree_dataclass
@@ -49,18 +48,30 @@ class SFTConfig:
 def sft_objective(
     params: Any,
     batch: LMBatch,
-    logits_fn: LogitsFn,
+    model: LanguageModelFns,
     cfg: SFTConfig,
     num_targets: Float[Array, ""],
 ) -> tuple[Float[Array, ""], Metrics]:
   """The batch's share of the mean loss over `num_targets` target tokens."""
-  logits_BTV = logits_fn(params, batch.tokens, batch.segment_ids)
+  hidden_BTD = model.hidden(params, batch.tokens, batch.segment_ids)
   mask_BT = batch.loss_mask[:, 1:]
-  loss_BT = language_modeling.cross_entropy_loss(
-      logits_BTV, batch.tokens, z_loss_coef=cfg.z_loss_coef
+
+  def measure(hidden_BTD, targets_BT):
+    logits_BTV = model.logits(params, hidden_BTD)
+    return (
+        language_modeling.cross_entropy_loss(
+            logits_BTV, targets_BT, z_loss_coef=cfg.z_loss_coef
+        ),
+        -language_modeling.selected_logprobs(logits_BTV, targets_BT),
+        logits_BTV.argmax(-1) == targets_BT,
+    )
+
+  loss_BT, nll_BT, is_right_BT = chunking.map_positions(
+      measure,
+      language_modeling.predictions_and_targets(hidden_BTD, batch.tokens),
+      mask_BT,
+      chunk_size=model.chunk_size,
   )
-  nll_BT = -language_modeling.token_logprobs(logits_BTV, batch.tokens)
-  is_right_BT = logits_BTV[:, :-1].argmax(-1) == batch.tokens[:, 1:]
   metrics = {
       "sft/loss": metrics_lib.average(nll_BT, mask_BT),
       "sft/token_accuracy": metrics_lib.average(is_right_BT, mask_BT),
@@ -69,19 +80,29 @@ def sft_objective(
 
 
 def make_sft_update(
-    logits_fn: LogitsFn, tx: optax.GradientTransformation
-) -> Callable[[TrainState, LMBatch, SFTConfig], tuple[TrainState, Metrics]]:
-  """Returns the pure update; jit it with the state donated."""
+    model: LanguageModelFns, tx: optax.GradientTransformation
+) -> Callable[..., tuple[TrainState, Metrics]]:
+  """Returns update(state, batch, cfg, frozen=None); jit it, donate the state.
 
-  def update(state, batch, cfg):
+  frozen: what the model takes beside the params that are trained, a base under
+    an adapter (`models/lora.py`).
+  """
+
+  def update(state, batch, cfg, frozen=None):
+    frozen = {} if frozen is None else frozen
     # A batch without a target has a loss of 0, not of 0 / 0.
     num_targets = jnp.maximum(batch.loss_mask[:, 1:].sum(), 1)
 
-    def objective(params, microbatch):
-      return sft_objective(params, microbatch, logits_fn, cfg, num_targets)
+    rngs = gradient.dropout_rngs(frozen, state, batch.tokens.shape[:1])
+
+    def objective(params, part):
+      microbatch, rngs = part
+      return sft_objective(
+          frozen | params | rngs, microbatch, model, cfg, num_targets
+      )
 
     grads, metrics = gradient.accumulate_gradients(
-        objective, state.params, batch, cfg.num_microbatches
+        objective, state.params, (batch, rngs), cfg.num_microbatches
     )
     return gradient.apply_gradients(state, grads, metrics, tx)
 

@@ -41,9 +41,9 @@ def test_jinja_template_trains_on_the_end_of_turn_mark():
 
 @pytest.mark.parametrize("template, reason", [
     ("plane", "no chat template is called 'plane'"),
-    ("{% for m in messages %}", "chat template: "),
-    ("{{ nothing_like_this }}", "undefined"),
-    ("{{ messages[-1].content }}", "longer conversation does not begin"),
+    ("{% for m in messages %}", "template of the config: "),
+    ("{{ nothing_like_this }}", r"messages\[0\] \(system\) is not in"),
+    ("{{ messages[-1].content }}", r"messages\[2\] \(assistant\): the longer"),
     ("{{ raise_exception('no system') }}", "no system"),
     ("{{ ''.__class__.__mro__ }}", "unsafe"),
 ])

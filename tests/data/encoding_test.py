@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 
 from rlhf_jax.data import encoding
-from rlhf_jax.data.records import Comparison, Demonstration, Prompt, Ranking
+from rlhf_jax.data.records import (
+  Comparison,
+  Demonstration,
+  Prompt,
+  Ranking,
+  validate_record,
+)
+from rlhf_jax.data.special_tokens import mark
 from rlhf_jax.data.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer.train_byte_level_bpe(["abc abc abd"] * 4, 262)
@@ -54,6 +61,76 @@ def test_bos_is_not_doubled_by_text_that_spells_it():
       ["<bos>a"], TOKENIZER, max_length=20, policy="error"
   )
   assert example[0].count(BOS) == 1
+
+
+CHAT = Tokenizer.train_byte_level_bpe(["abc abc abd"] * 4, 262)
+TALK = [
+    {"role": "user", "content": "a <bos>"},
+    {"role": "assistant", "content": "b"},
+]
+WITH_BOS = (
+    "{{ bos_token }}{% for m in messages %}{{ m.content + eos_token }}"
+    "{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("template, starts", [
+    (WITH_BOS, 1),  # the template's own
+    (WITH_BOS.removeprefix("{{ bos_token }}"), 0),  # it has another beginning
+    ("plain", 1),  # writes no special token: from here
+])
+def test_bos_comes_once_whoever_writes_it(template, starts):
+  template = CHAT.template(template)
+  record = validate_record("demonstration", {"messages": TALK}, template)
+  (example,), _ = encoding.encode_demonstrations(
+      [record], CHAT, max_length=40, policy="error", train_on_prompt=False
+  )
+  assert example[0].count(BOS) == starts
+  assert example[0][:1].count(BOS) == starts
+  assert example[0][-1] == EOS and example[0][-2] != EOS
+  assert CHAT.decode(example[0]).startswith("a <bos>")
+  prompt = validate_record("prompt", {"messages": TALK[:1]}, template)
+  batch, _ = encoding.encode_prompts(
+      [prompt], CHAT, max_prompt_length=40, policy="error"
+  )
+  ids = real(batch.prompts[0], batch.prompt_mask[0])
+  assert ids == example[0][: len(ids)]
+  # A long prompt loses its beginning, but not bos.
+  batch, report = encoding.encode_prompts(
+      [prompt], CHAT, max_prompt_length=4, policy="truncate_prompt_left"
+  )
+  assert report.num_truncated == 1
+  assert batch.prompts[0].tolist().count(BOS) == starts
+  assert batch.prompts[0][0] == BOS or not starts
+
+
+@pytest.mark.parametrize("prompt", ["ab", "<bos>ab"])
+def test_a_prompt_that_spells_bos_at_its_beginning_has_it_once(prompt):
+  wanted = [BOS, *TOKENIZER.encode("ab")]
+  batch, _ = encoding.encode_prompts(
+      [Prompt(prompt)], TOKENIZER, max_prompt_length=12, policy="error"
+  )
+  assert real(batch.prompts[0], batch.prompt_mask[0]) == wanted
+  (example,), _ = encoding.encode_demonstrations(
+      [shown(prompt, "c")], TOKENIZER, max_length=12, policy="error",
+      train_on_prompt=False,
+  )
+  assert example[0] == [*wanted, *TOKENIZER.encode("c"), EOS]
+  pairs, _ = encoding.encode_comparisons(
+      [Comparison(prompt, "a", "b")], TOKENIZER, max_prompt_length=12,
+      max_completion_length=4, policy="error",
+  )
+  row = pairs.tokens[0, 0][pairs.attention_mask[0, 0] == 1].tolist()
+  assert row == [*wanted, *TOKENIZER.encode("a"), EOS]
+
+
+def test_a_completion_that_a_template_ended_gets_no_other_end():
+  record = Demonstration((("a", False), ("b" + mark("<eos>"), True)))
+  (example,), _ = encoding.encode_demonstrations(
+      [record], TOKENIZER, max_length=12, policy="error", train_on_prompt=False
+  )
+  assert example[0].count(EOS) == 1 and example[0][-1] == EOS
+  assert example[1][-2:] == [1.0, 1.0]
 
 
 def test_documents_split_into_pieces_that_join_to_the_whole():

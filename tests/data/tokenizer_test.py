@@ -8,6 +8,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers
 
+from rlhf_jax.data import tokenizer_training
+from rlhf_jax.data.special_tokens import mark
 from rlhf_jax.data.tokenizer import Tokenizer, TokenizerError
 
 TEXTS = [
@@ -111,6 +113,196 @@ def test_folder_without_pad_lends_unk_and_survives_saving(tmp_path):
   loaded = Tokenizer.load(tmp_path / "saved")
   assert loaded.fingerprint == tokenizer.fingerprint
   assert loaded.encode("ab", continues=True) == [4, 5]
+
+
+def test_the_unknown_token_is_not_lost(tmp_path):
+  import transformers
+
+  tokenizer = metaspace_tokenizer(tmp_path)
+  for write in (tokenizer.save, tokenizer.export):
+    write(tmp_path / "out")
+    fast = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert fast.unk_token_id == 0
+    assert fast("a?", add_special_tokens=False).input_ids == [3, 4, 0]
+
+
+def with_files(bpe, folder, **files) -> Tokenizer:
+  """`bpe` as a model's folder, with fields of its JSON files."""
+  bpe.save(folder)
+  for name, fields in files.items():
+    path = folder / f"{name}.json"
+    found = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(found | fields))
+  return Tokenizer.from_pretrained_folder(folder)
+
+
+@pytest.mark.parametrize("files, eos_ids", [
+    ({}, (1,)),
+    ({"config": {"eos_token_id": 5}}, (1, 5)),
+    ({"config": {"eos_token_id": [7, 1, 5]}}, (1, 7, 5)),
+    ({"config": {"eos_token_id": None}}, (1,)),
+    # What is about generation goes before the model's config.
+    ({"generation_config": {"eos_token_id": [6]},
+      "config": {"eos_token_id": 5}}, (1, 6)),
+    ({"generation_config": {"temperature": 1.0},
+      "config": {"eos_token_id": 5}}, (1, 5)),
+    # Of another vocabulary.
+    ({"config": {"eos_token_id": [5, 50256]}}, (1, 5)),
+])
+def test_a_folders_end_ids_are_all_kept(bpe, tmp_path, files, eos_ids):
+  import transformers
+
+  tokenizer = with_files(bpe, tmp_path, **files)
+  assert (tokenizer.eos_ids, tokenizer.eos_id) == (eos_ids, 1)
+  tokenizer.save(tmp_path / "saved")
+  again = Tokenizer.load(tmp_path / "saved")
+  assert again.eos_ids == eos_ids
+  assert again.fingerprint == tokenizer.fingerprint
+  # One end is what a tokenizer has anyway: its files are as ever.
+  listed = tmp_path / "saved" / "generation_config.json"
+  assert listed.exists() == (len(eos_ids) > 1)
+  tokenizer.export(tmp_path / "out")
+  theirs = transformers.GenerationConfig.from_pretrained(tmp_path / "out")
+  wanted = 1 if len(eos_ids) == 1 else list(eos_ids)
+  assert (theirs.eos_token_id, theirs.pad_token_id) == (wanted, 0)
+  assert Tokenizer.from_pretrained_folder(tmp_path / "out").eos_ids == eos_ids
+
+
+@pytest.mark.parametrize("text", ["[]", "{", '{"eos_token_id": "</s>"}'])
+def test_end_ids_that_are_none_are_named(bpe, tmp_path, text):
+  bpe.save(tmp_path)
+  (tmp_path / "generation_config.json").write_text(text)
+  with pytest.raises(TokenizerError, match="generation_config.json: "):
+    Tokenizer.from_pretrained_folder(tmp_path)
+
+
+@pytest.mark.parametrize("specials, own, wanted, is_safe", [
+    (("<e>", "<b>", "<p>"), "<p>", "<p>", True),
+    # A padding token that is the end is none.
+    (("<e>", "<b>", "<|reserved_special_token_0|>"), "<e>",
+     "<|reserved_special_token_0|>", True),
+    (("<e>", "<b>", "<unused1>", "<unused0>"), None, "<unused1>", True),
+    (("<e>", "<b>", "<unused1>", "[PAD]"), None, "[PAD]", True),
+    (("<e>", "<b>", "<unused1>", "<|finetune_right_pad_id|>"), None,
+     "<|finetune_right_pad_id|>", True),
+    (("<e>", "<b>", "<keypad>"), None, "<e>", False),
+    (("<e>", "<b>"), "<b>", "<e>", False),
+])
+def test_padding_is_a_token_to_spare_or_else_the_end(
+    tmp_path, specials, own, wanted, is_safe
+):
+  import transformers
+
+  fast = tokenizers.Tokenizer.from_str(
+      tokenizer_training.train_byte_level_bpe(TEXTS, 280, specials)
+  )
+  fast.save(str(tmp_path / "tokenizer.json"))
+  (tmp_path / "tokenizer_config.json").write_text(json.dumps({
+      "tokenizer_class": "PreTrainedTokenizerFast", "pad_token": own,
+      "bos_token": "<b>", "eos_token": "<e>",
+  }))
+  # Trained here, it has a <pad> besides, which this folder does not speak of.
+  text = (tmp_path / "tokenizer.json").read_text().replace("<pad>", "<zero>")
+  (tmp_path / "tokenizer.json").write_text(text)
+  tokenizer = Tokenizer.from_pretrained_folder(tmp_path)
+  assert tokenizer.pad_id == tokenizer.special_tokens[wanted]
+  assert tokenizer.pad_is_safe == is_safe
+  tokenizer.export(tmp_path / "out")
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+  assert theirs.pad_token == (wanted if is_safe else None)
+  tokenizer.save(tmp_path / "saved")
+  again = Tokenizer.load(tmp_path / "saved")
+  assert (again.pad_id, again.pad_is_safe) == (tokenizer.pad_id, is_safe)
+
+
+def exported(tokenizer, folder):
+  """The tokenizer that transformers reads from an exported model's folder."""
+  import transformers
+
+  tokenizer.export(folder)
+  (folder / "config.json").write_text(json.dumps({
+      "model_type": "llama", "architectures": ["LlamaForCausalLM"],
+  }))
+  return transformers.AutoTokenizer.from_pretrained(folder)
+
+
+@pytest.fixture(scope="module")
+def spm_exported(spm, tmp_path_factory):
+  return exported(spm, tmp_path_factory.mktemp("exported"))
+
+
+# It reads special tokens from text.
+@given(text=spm_text.filter(lambda x: "<" not in x))
+def test_transformers_has_the_ids_of_an_exported_sentencepiece_file(
+    spm, spm_exported, text
+):
+  assert spm_exported(text, add_special_tokens=False).input_ids == (
+      spm.encode(text)
+  )
+  assert spm_exported(text).input_ids == [spm.bos_id, *spm.encode(text)]
+  assert spm_exported.decode(spm.encode(text)) == spm.decode(spm.encode(text))
+
+
+@pytest.mark.parametrize("kind, rule", [
+    ("bpe", "nmt_nfkc"), ("unigram", "identity"), ("unigram", "nmt_nfkc"),
+])
+def test_other_kinds_of_sentencepiece_files_are_exported_too(
+    tmp_path, kind, rule
+):
+  (tmp_path / "corpus.txt").write_text("\n".join(TEXTS))
+  sentencepiece.SentencePieceTrainer.train(
+      input=str(tmp_path / "corpus.txt"), model_prefix=str(tmp_path / "m"),
+      vocab_size=330, model_type=kind, byte_fallback=True, minloglevel=2,
+      normalization_rule_name=rule, hard_vocab_limit=False,
+  )
+  tokenizer = Tokenizer.from_sentencepiece(tmp_path / "m.model")
+  theirs = exported(tokenizer, tmp_path / "out")
+  for text in (*TEXTS[:3], "", " ", "  a  b ", "ﬁ\tÅ ☃\n\nx", "dog\n", "１２"):
+    ids = theirs(text, add_special_tokens=False).input_ids
+    assert ids == tokenizer.encode(text), text
+  assert (theirs.bos_token_id, theirs.eos_token_id) == (1, 2)
+  assert theirs.pad_token_id == 0 and theirs.unk_token_id == 0
+
+
+def test_a_tokenizer_trained_here_is_exported_with_its_start_token(
+    bpe, tmp_path
+):
+  theirs = exported(bpe, tmp_path / "out")
+  assert theirs(TEXTS[0]).input_ids == [bpe.bos_id, *bpe.encode(TEXTS[0])]
+  assert theirs.pad_token_id == bpe.pad_id
+  back = Tokenizer.from_pretrained_folder(tmp_path / "out")
+  assert back.encode(TEXTS[0]) == bpe.encode(TEXTS[0])
+
+
+def test_marked_tokens_are_read_and_spelled_ones_are_not(bpe, spm):
+  for tokenizer, end in ((bpe, "<eos>"), (spm, "</s>")):
+    rows = [["the dog" + mark(end), f" {end} ran", mark(end)], ["a"]]
+    first, second, third = tokenizer.encode_rows(rows)[0]
+    assert first == [*tokenizer.encode("the dog"), tokenizer.eos_id]
+    assert tokenizer.eos_id not in second
+    assert third == [tokenizer.eos_id]
+    assert tokenizer.decode(second).strip() == f"{end} ran"
+    assert tokenizer.encode_rows(rows)[1] == [tokenizer.encode("a")]
+
+
+@given(texts=st.lists(spm_text, min_size=1, max_size=4))
+def test_rows_without_marks_are_encoded_as_ever(bpe, spm, texts):
+  for tokenizer in (bpe, spm):
+    (found,) = tokenizer.encode_rows([texts])
+    wanted = [
+        tokenizer.encode(text, continues=any(texts[:i]))
+        for i, text in enumerate(texts)
+    ]
+    assert found == wanted
+    assert tokenizer.decode(sum(found, [])) == "".join(texts)
+
+
+def test_pieces_for_people(bpe):
+  ids = [bpe.bos_id, *bpe.encode("the ☃"), bpe.eos_id]
+  pieces = [bpe.piece(i) for i in ids]
+  assert pieces[0] == "<bos>" and pieces[-1] == "<eos>"
+  assert "".join(pieces[1:3]).startswith("the")
+  assert all(pieces)
 
 
 def test_a_folders_chat_template_travels_along(bpe, tmp_path):
@@ -247,7 +439,9 @@ def test_gpt2_gives_the_published_ids(data_dir, tmp_path):
   }))
   tokenizer = Tokenizer.from_pretrained_folder(tmp_path)
   assert tokenizer.encode("Hello world") == [15496, 995]
-  assert tokenizer.eos_id == 50256 and tokenizer.pad_id != 50256
+  # It has no token to spare for padding, which masks tell.
+  assert tokenizer.eos_id == tokenizer.pad_id == 50256
+  assert not tokenizer.pad_is_safe
   assert tokenizer.vocab_size == 50257
 
 

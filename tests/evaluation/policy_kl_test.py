@@ -6,20 +6,22 @@ import jax.numpy as jnp
 import numpy as np
 
 from rlhf_jax.evaluation import policy_kl
+from rlhf_jax.models.functions import LanguageModelFns
 from rlhf_jax.types import Rollout
 from tests.reference import losses as reference
 
 B, P, C, V = 3, 2, 4, 5
 
 
-def table_fn(table, tokens, segment_ids, last):
-  """A model that is a table: logits before each completion token."""
+def hidden(table, tokens, segment_ids, last):
+  """A model that is a table of logits before each completion token."""
   assert tokens.shape == segment_ids.shape == (B, P + C)
   assert last == C + 1
   return table
 
 
-episode_kl = jax.jit(policy_kl.make_episode_kl(table_fn, table_fn))
+MODEL = LanguageModelFns(hidden, lambda _, logits: logits, chunk_size=2)
+episode_kl = jax.jit(policy_kl.make_episode_kl(MODEL, MODEL))
 tables = hnp.arrays(
     np.float32, (B, C + 1, V), elements=st.floats(-4, 4, width=32)
 )

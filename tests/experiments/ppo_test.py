@@ -49,10 +49,13 @@ def start(reward_model=REWARD_MODEL, **changes):
 
 def values_of(value_config, params) -> np.ndarray:
   """The values of every position of TOKENS, as an update computes them."""
-  fn = functions.make_policy_value_fn(POLICY_CONFIG, value_config)
+  model = functions.make_policy_value(POLICY_CONFIG, value_config)
   both = {"policy": POLICY.params, "value": params}
   tokens = TOKENS.astype(jnp.int32)
-  return np.asarray(fn(both, tokens, jnp.ones_like(tokens), LENGTH)[1][0])
+  _, values = model.hidden_and_values(
+      both, tokens, jnp.ones_like(tokens), LENGTH
+  )
+  return np.asarray(values[0])
 
 
 def hidden_of(config, trunk) -> np.ndarray:

@@ -134,7 +134,7 @@ def test_the_ceiling_is_of_the_pairs_that_the_accuracy_is_of():
       dataclasses.replace(even, weight=0.0),
       even,
   ]
-  batch, kept = reward.encode(config, tokenizer, records)
+  batch, kept, report = reward.encode(config, tokenizer, records)
   assert kept == records[1:]
   scores = np.asarray([[1, 0]] * 3, np.float32)
   found = reward.make_calibration(scores, batch, kept, 0)

@@ -164,6 +164,11 @@ def sample(*flags: str) -> subprocess.CompletedProcess:
   return _finish([sys.executable, "-m", "experiments.sample", *flags])
 
 
+def inspect(*flags: str) -> subprocess.CompletedProcess:
+  """Runs experiments.inspect to its end."""
+  return _finish([sys.executable, "-m", "experiments.inspect", *flags])
+
+
 def _finish(arguments: list[str]) -> subprocess.CompletedProcess:
   return subprocess.run(
       arguments,

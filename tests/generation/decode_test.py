@@ -11,6 +11,9 @@ import scipy.stats
 
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.losses.language_modeling import token_logprobs
+from rlhf_jax.models.families import huggingface
+from rlhf_jax.models.heads import LanguageModel
+from tests.models.families import hf_models
 from tests.models.small import (
   VARIANTS,
   random_tokens,
@@ -253,6 +256,63 @@ def test_pad_equal_to_eos_still_leaves_eos_real():
       rollout.completion_mask, [[1, 1, 0, 0], [1, 0, 0, 0], [1, 1, 1, 1]]
   )
   np.testing.assert_array_equal(rollout.ended, [True, True, False])
+
+
+@pytest.mark.parametrize("pad_id", [0, 1, 4])
+def test_any_of_several_end_ids_ends_a_completion(pad_id):
+  script = [[5, 4, 6, 7], [5, 6, 1, 7], [4, 1, 4, 1], [5, 6, 7, 8]]
+  rollout, _ = _play(script, other_eos_ids=(4, 2), pad_id=pad_id)
+  np.testing.assert_array_equal(
+      rollout.completion_mask,
+      [[1, 1, 0, 0], [1, 1, 1, 0], [1, 0, 0, 0], [1, 1, 1, 1]],
+  )
+  x = pad_id
+  np.testing.assert_array_equal(
+      rollout.completions, [[5, 4, x, x], [5, 6, 1, x], [4, x, x, x], script[3]]
+  )
+  np.testing.assert_array_equal(rollout.ended, [True, True, True, False])
+
+
+def test_greedy_with_a_list_of_end_ids_is_that_of_generate():
+  torch = pytest.importorskip("torch", reason="compares with torch")
+  transformers = pytest.importorskip("transformers")
+  folder = hf_models.GOLDEN / "llama"
+  model = transformers.AutoModelForCausalLM.from_pretrained(
+      folder, attn_implementation="eager"
+  )
+  loaded = huggingface.load_folder(folder)
+  tokens, mask = hf_models.rows("left", 12)
+  generate = jax.jit(make_generate(LanguageModel(loaded.config)))
+
+  def ours(**fields):
+    return generate(
+        loaded.params,
+        jnp.asarray(tokens, jnp.int32),
+        jnp.asarray(mask, jnp.int32),
+        jax.random.key(0),
+        SamplingConfig(max_new_tokens=24, greedy=True, **fields),
+    )
+
+  # The one ends the first row, the other the second, and none the third.
+  free = np.asarray(ours(eos_id=-1).completions)
+  ends = [34, 16]
+  theirs = model.generate(
+      input_ids=torch.as_tensor(tokens),
+      attention_mask=torch.as_tensor(mask),
+      max_new_tokens=24,
+      do_sample=False,
+      eos_token_id=ends,
+      pad_token_id=ends[0],  # padding that is an end
+  )[:, 12:].numpy()
+  rollout = ours(eos_id=ends[0], other_eos_ids=(ends[1],), pad_id=ends[0])
+  lengths = np.asarray(rollout.completion_mask).sum(axis=1)
+  assert len(set(lengths)) == 3
+  np.testing.assert_array_equal(rollout.ended, [True, True, False])
+  width = theirs.shape[1]
+  np.testing.assert_array_equal(rollout.completions[:, :width], theirs)
+  first_end = np.argmax(np.isin(free, ends), axis=1) + 1
+  first_end[~np.isin(free, ends).any(axis=1)] = 24
+  np.testing.assert_array_equal(lengths, first_end)
 
 
 def test_stop_ids_end_a_completion_only_after_the_given_token():

@@ -15,6 +15,10 @@ SHAPE = (ragged.BATCH, ragged.LENGTH)
 temperatures = st.sampled_from([0.5, 1.0, 2.0])
 
 
+def next_token_loss(logits, tokens):
+  return lm.cross_entropy_loss(*lm.predictions_and_targets(logits, tokens))
+
+
 @hypothesis.given(
     logits=ragged.floats((*SHAPE, V)),
     mask=ragged.masks(min_length=1),
@@ -52,8 +56,10 @@ def test_cross_entropy_matches_a_loop_over_ragged_rows(
 ):
   tokens = np.arange(logits[..., 0].size).reshape(SHAPE) % V
   out = lm.cross_entropy_loss(
-      jnp.asarray(ragged.spoil(logits, mask[..., None], junk)),
-      jnp.asarray(tokens, dtype=jnp.int32),
+      *lm.predictions_and_targets(
+          jnp.asarray(ragged.spoil(logits, mask[..., None], junk)),
+          jnp.asarray(tokens, dtype=jnp.int32),
+      ),
       z_loss_coef=z_loss_coef,
   )
   for row, n in enumerate(mask.sum(1)):
@@ -103,7 +109,7 @@ def test_masked_entries_reach_neither_loss_nor_gradient():
         logits, jnp.broadcast_to(jnp.asarray(mask)[..., None], logits.shape)
     )
     return masking.masked_mean(
-        lm.cross_entropy_loss(safe, tokens), jnp.asarray(mask[:, 1:])
+        next_token_loss(safe, tokens), jnp.asarray(mask[:, 1:])
     )
 
   clean = jax.value_and_grad(loss)(jnp.asarray(logits))
@@ -119,8 +125,8 @@ def test_mean_over_a_mask_is_the_mean_over_the_subset():
   logits = jnp.asarray(rng.normal(size=(1, 6, V)), jnp.float32)
   tokens = jnp.asarray(rng.integers(0, V, (1, 6)), dtype=jnp.int32)
   mask = jnp.array([[1, 1, 1, 0, 0]])
-  short = lm.cross_entropy_loss(logits[:, :4], tokens[:, :4])
-  padded = lm.cross_entropy_loss(logits, tokens)
+  short = next_token_loss(logits[:, :4], tokens[:, :4])
+  padded = next_token_loss(logits, tokens)
   np.testing.assert_allclose(
       masking.masked_mean(padded, mask), jnp.mean(short), rtol=1e-6
   )
@@ -162,7 +168,7 @@ def test_extreme_logits_give_finite_float32_values_and_gradients(dtype):
       "token": lambda x: lm.token_logprobs(x, tokens, temperature=0.5),
       "entropy": lm.entropy,
       "cross_entropy": lambda x: lm.cross_entropy_loss(
-          x, tokens, z_loss_coef=1e-4
+          x, jnp.array([[1, 0]]), z_loss_coef=1e-4
       ),
   }
   for name, loss in losses.items():

@@ -22,10 +22,8 @@ from tests.models.small import (
 
 
 @functools.partial(jax.jit, static_argnums=0, static_argnames="last")
-def _hidden_and_logits(model, params, tokens, last):
-  return model.apply(
-      {"params": params}, tokens, last=last, method="hidden_and_logits"
-  )
+def _hidden(model, params, tokens, last):
+  return model.apply({"params": params}, tokens, last=last, method="hidden")
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
@@ -40,13 +38,18 @@ def test_last_gives_the_last_positions_of_the_full_logits(tie_head):
     model.apply({"params": params}, tokens, last=8)
 
 
-def test_hidden_and_logits_belong_together():
-  model, params = small_language_model()
+@pytest.mark.parametrize("tie_head", [True, False])
+def test_the_head_on_some_hidden_states_gives_their_logits(tie_head):
+  model, params = small_language_model(tie_head=tie_head)
   tokens = random_tokens(0, 2, 7)
-  hidden, logits, cache = _hidden_and_logits(model, params, tokens, last=2)
+  hidden, cache = _hidden(model, params, tokens, last=2)
   assert cache is None
-  table = params["trunk"]["token_embedding"]
-  np.testing.assert_allclose(hidden @ table.T, logits, atol=1e-5)
+  table = params["trunk"]["token_embedding"].T
+  kernel = table if tie_head else params["head"]["kernel"]
+  logits, _ = jax.jit(model.apply)({"params": params}, tokens)
+  np.testing.assert_allclose(hidden @ kernel, logits[:, 5:], atol=1e-5)
+  some = model.apply({"params": params}, hidden[:, :1], method="logits")
+  np.testing.assert_allclose(some, logits[:, 5:6], atol=1e-5)
 
 
 @pytest.mark.parametrize("tie_head", [True, False])
@@ -60,7 +63,7 @@ def test_scalar_model_takes_over_the_language_models_trunk(tie_head):
   fresh = jax.eval_shape(scalar_model.init, jax.random.key(0), tokens)
   fresh = fresh["params"]
   assert jax.tree.structure(taken) == jax.tree.structure(fresh)
-  hidden, _, _ = _hidden_and_logits(model, params, tokens, last=None)
+  hidden, _ = _hidden(model, params, tokens, last=None)
   taken["head"]["bias"] = jnp.full((1,), 0.5)
   apply = jax.jit(scalar_model.apply, static_argnames="last")
   scalars = apply({"params": taken}, tokens)

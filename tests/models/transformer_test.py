@@ -200,9 +200,10 @@ def test_bfloat16_compute_keeps_float32_parameters_and_logits():
   variables = jax.jit(model.init)(jax.random.key(0), tokens)
   dtypes = {leaf.dtype for leaf in jax.tree.leaves(variables)}
   assert dtypes == {jnp.dtype("float32")}
-  hidden, logits, _ = jax.jit(
-      functools.partial(model.apply, method="hidden_and_logits")
-  )({"params": params}, tokens)
+  hidden, _ = jax.jit(functools.partial(model.apply, method="hidden"))(
+      {"params": params}, tokens
+  )
+  logits, _ = jax.jit(model.apply)({"params": params}, tokens)
   assert hidden.dtype == jnp.bfloat16
   assert logits.dtype == jnp.float32
   # As float32 numbers, not as bfloat16 ones in a float32 array.

@@ -93,6 +93,37 @@ def test_what_a_stop_token_ended_is_scored_at_an_end_token(tokenizer, episodes):
   np.testing.assert_allclose(reward(stopped), reward(episodes), atol=1e-5)
 
 
+def test_what_another_end_token_ended_is_scored_at_it(
+    tokenizer, episodes, monkeypatch
+):
+  # One more end token: what it ended needs no other behind it.
+  rollout = episodes.rollout
+  last = int(rollout.completion_mask[0].sum()) - 1
+  other = tokenizer.encode("?", continues=True)[-1]
+  changed = Episodes(
+      dataclasses.replace(
+          rollout, completions=rollout.completions.at[0, last].set(other)
+      ),
+      tokenizer,
+  )
+  scores = lambda x: np.asarray(
+      make_reward_model(CONFIG, PARAMS, NORMALIZATION, tokenizer)(x)
+  )
+  with_end_behind = scores(changed)
+  monkeypatch.setattr(tokenizer, "eos_ids", (tokenizer.eos_id, other))
+  at_it = scores(changed)
+  np.testing.assert_array_equal(at_it[1:], with_end_behind[1:])
+  tokens = jnp.concatenate(
+      [changed.rollout.prompts, changed.rollout.completions], axis=1
+  )
+  mask = jnp.concatenate([rollout.prompt_mask, rollout.completion_mask], axis=1)
+  raw = functions.make_score_fn(CONFIG)(PARAMS, tokens, mask)
+  np.testing.assert_allclose(
+      at_it, NORMALIZATION.gain * raw + NORMALIZATION.bias, atol=1e-5
+  )
+  assert abs(at_it[0] - with_end_behind[0]) > 1e-4
+
+
 def test_reward_model_with_another_tokenizer_encodes_the_text_anew(
     tokenizer, other_tokenizer, episodes
 ):

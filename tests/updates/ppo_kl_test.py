@@ -45,8 +45,8 @@ def _scored(**sampling):
   )
   score_rollout = jax.jit(
       ppo.make_score_rollout(
-          functions.make_policy_value_fn(small.CONFIG, small.CONFIG),
-          small.logits_fn,
+          functions.make_policy_value(small.CONFIG, small.CONFIG),
+          small.MODEL,
       )
   )
   return score_rollout(

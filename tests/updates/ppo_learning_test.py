@@ -29,9 +29,9 @@ def _train():
   tx = optim.make_optimizer(
       optim.OptimizerConfig(learning_rate=0.01, epsilon=1e-5), 1
   )
-  fn = functions.make_policy_value_fn(config, None)
+  fn = functions.make_policy_value(config, None)
   generate = decode.make_generate(heads.LanguageModel(config))
-  score_rollout = ppo.make_score_rollout(fn, small.logits_fn)
+  score_rollout = ppo.make_score_rollout(fn, small.MODEL)
   update = ppo.make_ppo_update(fn, tx)
   sampling = decode.SamplingConfig(max_new_tokens=LENGTH, eos_id=-1)
   cfg = ppo.PPOConfig(

@@ -26,9 +26,9 @@ SCORE = jnp.asarray([2.0, -1.0, 4.0, 0.5], jnp.float32)
 _, REF_TABLE = tables.random_tables()
 
 score_rollout = jax.jit(
-    ppo.make_score_rollout(tables.policy_value_fn, tables.ref_logits_fn)
+    ppo.make_score_rollout(tables.MODEL, tables.REF_MODEL)
 )
-update = jax.jit(ppo.make_ppo_update(tables.policy_value_fn, TX))
+update = jax.jit(ppo.make_ppo_update(tables.MODEL, TX))
 
 
 def _fresh(seed=0):

@@ -22,9 +22,9 @@ SCORE = jnp.asarray([2.0, -1.0, 4.0, 0.5], jnp.float32)
 CFG = ppo.PPOConfig(temperature=0.7, num_epochs=2)
 
 score_rollout = jax.jit(
-    ppo.make_score_rollout(tables.policy_value_fn, tables.ref_logits_fn)
+    ppo.make_score_rollout(tables.MODEL, tables.REF_MODEL)
 )
-update = jax.jit(ppo.make_ppo_update(tables.policy_value_fn, SGD))
+update = jax.jit(ppo.make_ppo_update(tables.MODEL, SGD))
 
 
 def _state(cfg=CFG, seed=0):
@@ -198,9 +198,9 @@ def test_missing_eos_penalty_is_on_by_default_and_off_only_when_asked():
 
 def test_a_coefficient_is_data_and_compiles_nothing():
   score_step = jax.jit(
-      ppo.make_score_rollout(tables.policy_value_fn, tables.ref_logits_fn)
+      ppo.make_score_rollout(tables.MODEL, tables.REF_MODEL)
   )
-  update_step = jax.jit(ppo.make_ppo_update(tables.policy_value_fn, SGD))
+  update_step = jax.jit(ppo.make_ppo_update(tables.MODEL, SGD))
   params, ref_table = tables.random_tables()
   rollout = tables.make_rollout()
   coefficients = [

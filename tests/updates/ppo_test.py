@@ -31,8 +31,8 @@ ONE_STEP = dataclasses.replace(CFG, max_update_kl=-1.0)
 def _programs(**changes):
   """(score_rollout, update), jitted."""
   config = dataclasses.replace(small.CONFIG, **changes)
-  fn = functions.make_policy_value_fn(config, config)
-  ref_fn = functions.make_logits_fn(config)
+  fn = functions.make_policy_value(config, config)
+  ref_fn = functions.make_language_model(config)
   return (
       jax.jit(ppo.make_score_rollout(fn, ref_fn)),
       jax.jit(ppo.make_ppo_update(fn, small.SGD)),
@@ -114,7 +114,7 @@ def test_microbatches_change_nothing_in_scoring_and_update(scored, updated):
   cfg = dataclasses.replace(CFG, num_microbatches=4)
   metrics = _score()[1]
   scored_4, metrics_4 = _score(cfg)
-  assert_trees_close(scored_4, scored, atol=1e-6)
+  assert_trees_close(scored_4, scored, atol=1e-6, rtol=1e-6)
   assert_trees_close(metrics_4, metrics, atol=1e-5, rtol=1e-6)
   state, metrics = updated
   state_4, metrics_4 = _programs()[1](_state(), scored, small.lm_batch(), cfg)
@@ -193,6 +193,24 @@ def test_pad_equal_to_eos_changes_nothing_from_rollout_to_update():
   assert_trees_equal(*outcomes)
 
 
+def test_every_end_token_counts_as_an_end():
+  ends = (2, 5, 7)
+  rollout = small.sampled_rollout(pad_id=5, other_eos_ids=ends)
+  mask = np.asarray(rollout.completion_mask) == 1
+  real = np.where(mask, rollout.completions, -1)
+  ended = np.isin(real, (small.EOS, *ends)).any(axis=1)
+  by_others = np.isin(real, ends).any(axis=1)
+  assert 0 < by_others.sum() and not ended.all()
+  np.testing.assert_array_equal(rollout.ended, ended)
+  scored, metrics = _programs()[0](
+      _params(), _ref_params(), rollout, SCORE, KL_COEF, CFG
+  )
+  np.testing.assert_array_equal(
+      scored.score, np.where(ended, SCORE, CFG.missing_eos_score)
+  )
+  assert float(metrics["ppo/ended"].total) == ended.sum()
+
+
 def test_amount_of_padding_changes_nothing_in_scoring_and_update():
   rollout = small.sampled_rollout()
   # Two more columns before the prompts, three behind the completions.
@@ -234,7 +252,7 @@ def test_ptx_adds_its_coefficient_times_the_language_models_gradient(scored):
   (loss, _), grads = jax.jit(
       jax.value_and_grad(
           lambda params: sft.sft_objective(
-              params, part, small.logits_fn, sft.SFTConfig(), num_targets
+              params, part, small.MODEL, sft.SFTConfig(), num_targets
           ),
           has_aux=True,
       )
@@ -273,7 +291,7 @@ def test_value_loss_of_a_separate_network_never_touches_the_policy(scored):
 
 def test_value_loss_of_a_shared_network_moves_the_policys_trunk(scored):
   scored, cfg = _value_only(scored)
-  fn = functions.make_policy_value_fn(small.CONFIG, None)
+  fn = functions.make_policy_value(small.CONFIG, None)
   params = _params() | {"value": _params()["value"]["head"]}
   objective = lambda params: ppo.ppo_objective(
       params, scored, fn, cfg, jnp.float32(1)

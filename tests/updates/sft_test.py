@@ -19,7 +19,7 @@ from tests.updates import small
 from tests.updates.small import assert_trees_close, assert_trees_equal
 
 CFG = sft.SFTConfig(z_loss_coef=0.01)
-update = jax.jit(sft.make_sft_update(small.logits_fn, small.SGD))
+update = jax.jit(sft.make_sft_update(small.MODEL, small.SGD))
 
 
 def _state():
@@ -61,7 +61,7 @@ def test_objective_adds_the_z_loss_and_divides_by_the_count_it_is_given():
   # A microbatch divides by the whole batch's count, which is not its own.
   loss, _ = jax.jit(
       lambda params: sft.sft_objective(
-          params, batch, small.logits_fn, CFG, jnp.float32(1000)
+          params, batch, small.MODEL, CFG, jnp.float32(1000)
       )
   )(params)
   np.testing.assert_allclose(loss, total / 1000, rtol=1e-5)
@@ -162,7 +162,7 @@ def test_nan_is_not_applied_bitwise_and_counts():
 
 
 def test_z_loss_coefficient_is_data_and_compiles_nothing():
-  step = jax.jit(sft.make_sft_update(small.logits_fn, small.SGD))
+  step = jax.jit(sft.make_sft_update(small.MODEL, small.SGD))
   step(_state(), small.lm_batch(), sft.SFTConfig())
   step(_state(), small.lm_batch(), sft.SFTConfig(z_loss_coef=0.1))
   assert step._cache_size() == 1
@@ -181,7 +181,7 @@ def _overfit(dtype, num_steps=250):
   tx = optim.make_optimizer(
       optim.OptimizerConfig(learning_rate=0.02, schedule="linear"), num_steps
   )
-  step = sft.make_sft_update(functions.make_logits_fn(config), tx)
+  step = sft.make_sft_update(functions.make_language_model(config), tx)
   params = functions.init_language_model(jax.random.key(0), config)
   state = create_train_state(params, tx, jax.random.key(0))
 

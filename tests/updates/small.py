@@ -34,6 +34,7 @@ LEARNING_RATE = 0.1
 # A plain gradient step shows a gradient as it is; Adam would divide by it.
 SGD = optax.sgd(LEARNING_RATE)
 
+MODEL = functions.make_language_model(CONFIG)
 logits_fn = functions.make_logits_fn(CONFIG)
 score_fn = functions.make_score_fn(CONFIG)
 
@@ -98,7 +99,7 @@ def ranking_batch(seed=0, rows=B, num=3) -> RankingBatch:
 
 
 @functools.cache
-def sampled_rollout(seed=0, pad_id=0):
+def sampled_rollout(seed=0, pad_id=0, other_eos_ids=()):
   """B completions of the policy of `language_model_params()`, ragged."""
   prompts = random_tokens(seed, B, P, vocab_size=V)
   lengths = np.random.default_rng(seed).integers(1, P + 1, B)
@@ -109,7 +110,8 @@ def sampled_rollout(seed=0, pad_id=0):
       max_new_tokens=C,
       temperature=TEMPERATURE,
       eos_id=EOS,
-      stop_ids=(2, 5, 7),
+      other_eos_ids=other_eos_ids,
+      stop_ids=() if other_eos_ids else (2, 5, 7),
       stop_after=1,
       pad_id=pad_id,
   )

@@ -8,6 +8,7 @@ logits whatever minibatch it is in. params: {'policy': logits [B, C+1, V],
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models.functions import LanguageModelFns, PolicyValueFns
 from rlhf_jax.types import Rollout
 
 B, C, V = 4, 3, 4
@@ -15,16 +16,27 @@ LENGTHS = (3, 1, 2, 3)
 ENDED = (True, True, False, False)
 
 
-def policy_value_fn(params, tokens, segment_ids, last):
+def _hidden_and_values(params, tokens, segment_ids, last):
   del segment_ids
   row = tokens[:, 0]
   assert params["policy"].shape[1] == last
   return params["policy"][row], params["value"][row]
 
 
-def ref_logits_fn(table, tokens, segment_ids, last):
+def _ref_hidden(table, tokens, segment_ids, last):
   del segment_ids, last
   return table[tokens[:, 0]]
+
+
+def _logits(params, hidden):
+  """What the tables hold are logits already."""
+  del params
+  return hidden
+
+
+# Shorter than a completion: what the tables prove, they prove of chunks.
+MODEL = PolicyValueFns(_hidden_and_values, _logits, chunk_size=2)
+REF_MODEL = LanguageModelFns(_ref_hidden, _logits, chunk_size=2)
 
 
 def random_tables(seed=0):

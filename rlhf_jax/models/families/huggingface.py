@@ -98,6 +98,11 @@ def load_folder(
   return Loaded(config, params, kind)
 
 
+def family_of(folder: epath.PathLike) -> str:
+  """The model_type of a folder."""
+  return hf_config.read_fields(epath.Path(folder))[0]
+
+
 def find_family(model_type: str, named_by: str) -> ModuleType:
   """The family's module.
 
@@ -167,7 +172,7 @@ def save_folder(
     *,
     family: str,
     kind: Kind = "policy",
-    token_ids: dict[str, int | None] | None = None,
+    token_ids: dict[str, int | list[int] | None] | None = None,
     max_file_bytes: int = tensor_files.MAX_FILE_BYTES,
 ) -> None:
   """Writes config.json and *.safetensors, which `transformers` loads.
@@ -175,7 +180,7 @@ def save_folder(
   Args:
     family: a model_type, see `family_names`.
     kind: what `params` are.
-    token_ids: bos, eos and pad, for config.json.
+    token_ids: bos, eos (one or several) and pad, for config.json.
     max_file_bytes: a file holds no more, unless one tensor does.
 
   Raises:
@@ -204,7 +209,7 @@ def _their_config(
     family: str,
     config: TransformerConfig,
     kind: Kind,
-    token_ids: dict[str, int | None],
+    token_ids: dict[str, int | list[int] | None],
 ) -> dict[str, Any]:
   import transformers  # pylint: disable=g-import-not-at-top
 
@@ -212,7 +217,9 @@ def _their_config(
   # Read back, it must be the same model: what the family has no field for
   # would be lost otherwise.
   values = transformers.CONFIG_MAPPING[family].from_dict(theirs).to_dict()
-  free = ("dtype", "param_dtype", "remat", "scan_unroll")
+  free = (
+      "dtype param_dtype remat scan_unroll head_chunk_size attention_backend"
+  ).split()
   again = make_config(
       module,
       Fields(values, f"family {family}"),

@@ -55,15 +55,18 @@ class _Entry:
 class TensorReader:
   """The tensors of a folder by name; `read` reads one.
 
+  Args:
+    file_name: the one file to read; None finds those of a model.
+
   Raises:
     TensorFileError: a file is missing, cut short or no safetensors file, or a
       tensor is in two files.
   """
 
-  def __init__(self, folder: epath.PathLike):
+  def __init__(self, folder: epath.PathLike, file_name: str | None = None):
     self.folder = epath.Path(folder)
     self._entries: dict[str, _Entry] = {}
-    for file in _files(self.folder):
+    for file in _files(self.folder, file_name):
       for name, entry in _read_header(file):
         if name in self._entries:
           raise TensorFileError(
@@ -115,9 +118,13 @@ class TensorReader:
         yield np.frombuffer(data, entry.dtype)
 
 
-def _files(folder: epath.Path) -> list[epath.Path]:
+def _files(folder: epath.Path, file_name: str | None) -> list[epath.Path]:
   if not folder.is_dir():
     raise TensorFileError(f"{folder}: no such folder")
+  if file_name is not None and (folder / file_name).exists():
+    return [folder / file_name]
+  if file_name is not None:
+    raise TensorFileError(f"{folder / file_name}: is missing")
   # As transformers looks: what stands beside (consolidated.safetensors, an
   # adapter) is another copy or another thing.
   if (folder / _SINGLE).exists():
@@ -229,19 +236,20 @@ def write_tensors(
       groups.append([])
     groups[-1].append(tensor)
   if len(groups) == 1:
-    _write_file(folder / _SINGLE, groups[0])
+    write_file(folder / _SINGLE, groups[0])
     return
   places = {}
   for i, group in enumerate(groups):
     name = f"model-{i + 1:05}-of-{len(groups):05}.safetensors"
-    _write_file(folder / name, group)
+    write_file(folder / name, group)
     places |= {tensor.name: name for tensor in group}
   total = sum(x.num_bytes for group in groups for x in group)
   index = {"metadata": {"total_size": total}, "weight_map": places}
   (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
 
-def _write_file(path: epath.Path, tensors: list[TensorSource]) -> None:
+def write_file(path: epath.Path, tensors: list[TensorSource]) -> None:
+  """Writes one file, a tensor at a time; whole or not at all."""
   header, offset = {"__metadata__": {"format": "pt"}}, 0
   for tensor in tensors:
     header[tensor.name] = {

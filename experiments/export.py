@@ -88,6 +88,10 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
   )
 
 
+def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
+  return ids[0] if len(ids) == 1 else list(ids)
+
+
 def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
   """Writes the adapter that the stage at `place` trained to `folder`.
 
@@ -117,10 +121,6 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
           started_from.removeprefix(models.HUGGING_FACE) if is_theirs else None
       ),
   )
-
-
-def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
-  return ids[0] if len(ids) == 1 else list(ids)
 
 
 def _with_gain(model: models.RewardModel):

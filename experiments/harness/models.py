@@ -124,21 +124,8 @@ def _load_policy(place: str) -> Policy:
   return Policy(config, params, tokenizer)
 
 
-def _load_peft(adapter_folder: str, place: str) -> Policy:
-  policy = load_policy(place)
-  family = huggingface.family_of(place.removeprefix(HUGGING_FACE))
-  try:
-    config, adapter = peft_folder.load_adapter(
-        adapter_folder, family, policy.params
-    )
-  except lora.LoraError as error:
-    raise checkpoint.CheckpointError(f"{adapter_folder}: {error}") from error
-  params = lora.merge(policy.params, adapter, config.scale)
-  return dataclasses.replace(policy, params=params)
-
-
 def load_tokenizer(place: str) -> Tokenizer:
-  """The tokenizer of the model at a place, without the model.
+  """The tokenizer of the policy at a place, without its params.
 
   Raises:
     FileNotFoundError: none is there.
@@ -153,42 +140,54 @@ def load_tokenizer(place: str) -> Tokenizer:
     place = match[2]
   if place.startswith(HUGGING_FACE):
     return Tokenizer.from_pretrained_folder(place.removeprefix(HUGGING_FACE))
-  if match := CHECKPOINT.fullmatch(place):
-    return load_tokenizer(_shape_of(place, match[1]))
-  folder = pathlib.Path(place) / "tokenizer"
-  if not folder.is_dir():
-    raise FileNotFoundError(
-        f"{place} holds no tokenizer ({folder} is not there); name the workdir "
-        "of a stage that ended"
+  match = CHECKPOINT.fullmatch(place)
+  stage = pathlib.Path(match[1] if match else place)
+  if (stage / "tokenizer").is_dir():
+    return Tokenizer.load(stage / "tokenizer")
+  path = stage / "config.json"
+  if match and path.exists():
+    # Not ended: it has the tokenizer of what it started from.
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if config.get("init_from"):
+      beside = f"{stage.resolve().parent}/"
+      return load_tokenizer(config["init_from"].replace(RUN, beside))
+  raise FileNotFoundError(
+      f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); name "
+      "the workdir of a stage that ended"
+  )
+
+
+def _load_peft(adapter_folder: str, place: str) -> Policy:
+  policy = load_policy(place)
+  family = huggingface.family_of(place.removeprefix(HUGGING_FACE))
+  try:
+    config, adapter = peft_folder.load_adapter(
+        adapter_folder, family, policy.params
     )
-  return Tokenizer.load(folder)
+  except lora.LoraError as error:
+    raise checkpoint.CheckpointError(f"{adapter_folder}: {error}") from error
+  params = lora.merge(policy.params, adapter, config.scale)
+  return dataclasses.replace(policy, params=params)
 
 
-def _shape_of(place: str, stage: str) -> str:
-  """What has the shape and the tokenizer of a stage's checkpoints."""
+def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
   path = pathlib.Path(stage) / "config.json"
   if not path.exists():
     raise FileNotFoundError(f"{stage} is not the folder of a stage")
   config = json.loads(path.read_text(encoding="utf-8"))
-  is_whole = _adapter_config(config) is None
-  if (pathlib.Path(stage) / "model").is_dir() and is_whole:
-    return stage
-  # Not ended: it has the shape and the tokenizer of what it started from. An
-  # adapter has its base from there, ended or not.
-  if not config.get("init_from"):
-    raise FileNotFoundError(
-        f"{place}: a stage that starts from nothing has no tokenizer on disk "
-        "before it ends"
-    )
-  beside = f"{pathlib.Path(stage).resolve().parent}/"
-  return config["init_from"].replace(RUN, beside)
-
-
-def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
-  policy = load_policy(_shape_of(place, stage))
-  path = pathlib.Path(stage) / "config.json"
-  config = json.loads(path.read_text(encoding="utf-8"))
   adapter = _adapter_config(config)
+  if (pathlib.Path(stage) / "model").is_dir() and adapter is None:
+    policy = load_policy(stage)
+  else:
+    # Not ended: it has the shape and the tokenizer of what it started from. An
+    # adapter has its base from there, ended or not.
+    if not config.get("init_from"):
+      raise FileNotFoundError(
+          f"{place}: a stage that starts from nothing has no tokenizer on disk "
+          "before it ends"
+      )
+    beside = f"{pathlib.Path(stage).resolve().parent}/"
+    policy = load_policy(config["init_from"].replace(RUN, beside))
   # Language models have their loop in the section that they share.
   loop = config.get("train", config)["loop"]
   if which == "best" and not loop["best_metric"]:

@@ -2,7 +2,9 @@
 
   demonstration  {prompt, completion} or {messages: [{role, content}, ...]}
   comparison     {prompt, chosen, rejected, annotator?, source?, weight?,
-                 margin?}, or {chosen, rejected} as whole transcripts
+                 margin?}, or {chosen, rejected} as whole transcripts or as
+                 whole conversations: lists of messages, which may go on from
+                 those in prompt
   ranking        {prompt, completions, ranks, annotator?, source?, weight?};
                  a smaller rank is better, equal ranks are ties
   rating         {prompt, completion, score}
@@ -16,35 +18,24 @@ looks like a misspelt optional field, which would be lost in silence.
 
 import dataclasses
 import difflib
-import math
 from typing import Any
 
-from rlhf_jax.data import chat
+from rlhf_jax.data import chat, fields
+from rlhf_jax.data.fields import (
+    MAX_COMPLETIONS,
+    MAX_MESSAGES,
+    MAX_RANK,
+    RecordError,
+    type_name,
+)
 
 KINDS = ("demonstration", "comparison", "ranking", "rating", "prompt")
-
-# Far above any real record. Whoever meets these has joined two files by
-# accident or put a whole corpus into one field.
-MAX_CHARACTERS = 1_000_000
-MAX_COMPLETIONS = 1_024
-MAX_MESSAGES = 10_000
-MAX_RANK = 1_000_000
-MAX_NUMBER = 3e38  # batches hold float32
 
 _TURN = "\n\nAssistant:"
 _OPTIONAL = {
     "comparison": ("annotator", "source", "weight", "margin"),
     "ranking": ("annotator", "source", "weight"),
 }
-
-
-class RecordError(ValueError):
-  """What is wrong with a record: `field` and `reason`."""
-
-  def __init__(self, field: str, reason: str):
-    super().__init__(f"field {field!r}: {reason}" if field else reason)
-    self.field = field
-    self.reason = reason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +119,14 @@ def validate_record(
     raise ValueError(f"kind={kind!r} is not one of {', '.join(KINDS)}.")
   template = chat.make_template(chat_template)
   if not isinstance(obj, dict):
-    raise RecordError("", f"a record is a JSON object, not {_type_name(obj)}")
+    raise RecordError("", f"a record is a JSON object, not {type_name(obj)}")
   _check_spelling(kind, obj)
   if kind == "demonstration":
     return _demonstration(obj, template)
   if kind == "prompt":
     return _prompt(obj, template)
+  if kind == "comparison":
+    return _comparison(obj, template)
   return _VALIDATORS[kind](obj)
 
 
@@ -144,69 +137,119 @@ def text_of(obj: Any) -> str:
     RecordError: it has no such text.
   """
   if not isinstance(obj, dict):
-    raise RecordError("", f"a record is a JSON object, not {_type_name(obj)}")
-  return _text(obj, "text")
+    raise RecordError("", f"a record is a JSON object, not {type_name(obj)}")
+  return fields.text(obj, "text")
 
 
 def _demonstration(obj: dict, template: chat.Template) -> Demonstration:
   if "messages" in obj:
     if "prompt" in obj or "completion" in obj:
       raise RecordError("messages", "give either messages or prompt/completion")
-    messages = _messages(obj["messages"])
-    if messages[-1]["role"] != "assistant":
-      raise RecordError("messages", "the last message must be the assistant's")
-    try:
-      spans = chat.render_spans(messages, template)
-    except chat.ChatTemplateError as error:
-      raise RecordError("messages", str(error)) from error
-    if not spans or not spans[-1][1]:
-      raise RecordError(
-          "messages", "the chat template writes text after the last answer"
-      )
-    return Demonstration(spans=spans)
-  prompt = _text(obj, "prompt", allow_empty=True)
-  completion = _text(obj, "completion")
+    messages = _messages(obj["messages"], "messages")
+    return Demonstration(spans=_spans(messages, "messages", template))
+  prompt = fields.text(obj, "prompt", allow_empty=True)
+  completion = fields.text(obj, "completion")
   spans = ((prompt, False),) if prompt else ()
   return Demonstration(spans=(*spans, (completion, True)))
 
 
-def _messages(messages: Any) -> list[dict[str, str]]:
+def _spans(
+    messages: list[dict[str, str]], field: str, template: chat.Template
+) -> tuple[chat.Span, ...]:
+  """Spans of a conversation, whose last is an answer."""
+  if messages[-1]["role"] != "assistant":
+    raise RecordError(field, "the last message must be the assistant's")
+  try:
+    spans = chat.render_spans(messages, template)
+  except chat.ChatTemplateError as error:
+    raise RecordError(field, str(error)) from error
+  if not spans or not spans[-1][1]:
+    raise RecordError(
+        field, "the chat template writes text after the last answer"
+    )
+  return spans
+
+
+def _messages(messages: Any, field: str) -> list[dict[str, str]]:
   if not isinstance(messages, list) or not messages:
-    raise RecordError("messages", "must be a list of at least one message")
+    raise RecordError(field, "must be a list of at least one message")
   if len(messages) > MAX_MESSAGES:
-    raise RecordError("messages", f"{len(messages)} messages are too many")
+    raise RecordError(field, f"{len(messages)} messages are too many")
   for index, message in enumerate(messages):
-    where = f"messages[{index}]"
+    where = f"{field}[{index}]"
     if not isinstance(message, dict):
-      raise RecordError(where, f"must be an object, not {_type_name(message)}")
+      raise RecordError(where, f"must be an object, not {type_name(message)}")
     role = message["role"] if "role" in message else None
     if not isinstance(role, str) or role not in chat.ROLES:
       raise RecordError(
           f"{where}.role", f"must be one of {', '.join(chat.ROLES)}"
       )
-    _text(message, "content", where=f"{where}.content")
+    fields.text(message, "content", where=f"{where}.content")
   messages = [{key: m[key] for key in ("role", "content")} for m in messages]
-  _check_length("messages", sum(len(m["content"]) for m in messages))
+  fields.check_length(field, sum(len(m["content"]) for m in messages))
   return messages
 
 
-def _comparison(obj: dict) -> Comparison:
-  chosen, rejected = _text(obj, "chosen"), _text(obj, "rejected")
-  if chosen == rejected:
-    raise RecordError("rejected", "is identical to chosen")
-  if "prompt" in obj:
-    prompt = _text(obj, "prompt", allow_empty=True)
+def _comparison(obj: dict, template: chat.Template) -> Comparison:
+  if "chosen" in obj and isinstance(obj["chosen"], list):
+    prompt, chosen, rejected = _compared_chats(obj, template)
   else:
-    prompt, chosen, rejected = split_transcripts(chosen, rejected)
+    prompt, chosen, rejected = _compared_texts(obj)
   return Comparison(
       prompt=prompt,
       chosen=chosen,
       rejected=rejected,
-      annotator=_optional_text(obj, "annotator"),
-      source=_optional_text(obj, "source"),
-      weight=_number(obj, "weight", default=1.0, minimum=0.0),
-      margin=_number(obj, "margin", default=0.0),
+      annotator=fields.optional_text(obj, "annotator"),
+      source=fields.optional_text(obj, "source"),
+      weight=fields.number(obj, "weight", default=1.0, minimum=0.0),
+      margin=fields.number(obj, "margin", default=0.0),
   )
+
+
+def _compared_texts(obj: dict) -> tuple[str, str, str]:
+  """Prompt, chosen and rejected of texts."""
+  chosen, rejected = fields.text(obj, "chosen"), fields.text(obj, "rejected")
+  if chosen == rejected:
+    raise RecordError("rejected", "is identical to chosen")
+  if "prompt" in obj:
+    return fields.text(obj, "prompt", allow_empty=True), chosen, rejected
+  return split_transcripts(chosen, rejected)
+
+
+def _compared_chats(
+    obj: dict, template: chat.Template
+) -> tuple[str, str, str]:
+  """Prompt, chosen and rejected of two conversations that part at the end."""
+  start = []
+  # A prompt that is text is what their first message says again.
+  if "prompt" in obj and isinstance(obj["prompt"], list):
+    start = _messages(obj["prompt"], "prompt")
+  sides = {}
+  for field in ("chosen", "rejected"):
+    if field not in obj:
+      raise RecordError(field, "missing")
+    sides[field] = start + _messages(obj[field], field)
+  if sides["chosen"] == sides["rejected"]:
+    raise RecordError("rejected", "is identical to chosen")
+  if sides["chosen"][:-1] != sides["rejected"][:-1]:
+    raise RecordError(
+        "rejected",
+        "the two conversations differ before their last message, so they do"
+        " not answer the same prompt",
+    )
+  spans = {
+      field: _spans(messages, field, template)
+      for field, messages in sides.items()
+  }
+  prompts = {
+      field: "".join(text for text, _ in found[:-1])
+      for field, found in spans.items()
+  }
+  if prompts["chosen"] != prompts["rejected"]:
+    raise RecordError(
+        "rejected", "the chat template writes another prompt for it"
+    )
+  return prompts["chosen"], spans["chosen"][-1][0], spans["rejected"][-1][0]
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -246,17 +289,17 @@ def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
 
 
 def _ranking(obj: dict) -> Ranking:
-  prompt = _text(obj, "prompt", allow_empty=True)
-  completions = _list(obj, "completions")
+  prompt = fields.text(obj, "prompt", allow_empty=True)
+  completions = fields.list_of(obj, "completions")
   if not 2 <= len(completions) <= MAX_COMPLETIONS:
     raise RecordError(
         "completions", f"holds {len(completions)}; 2 to {MAX_COMPLETIONS} make"
         " a ranking",
     )
   for index, text in enumerate(completions):
-    _check_text(f"completions[{index}]", text, allow_empty=False)
-  _check_length("completions", sum(map(len, completions)))
-  ranks = _list(obj, "ranks")
+    fields.check_text(f"completions[{index}]", text, allow_empty=False)
+  fields.check_length("completions", sum(map(len, completions)))
+  ranks = fields.list_of(obj, "ranks")
   if len(ranks) != len(completions):
     raise RecordError(
         "ranks", f"{len(ranks)} ranks for {len(completions)} completions"
@@ -265,7 +308,7 @@ def _ranking(obj: dict) -> Ranking:
   for index, (text, rank) in enumerate(zip(completions, ranks, strict=True)):
     where = f"ranks[{index}]"
     if isinstance(rank, bool) or not isinstance(rank, int):
-      raise RecordError(where, f"must be an integer, not {_type_name(rank)}")
+      raise RecordError(where, f"must be an integer, not {type_name(rank)}")
     if not -MAX_RANK <= rank <= MAX_RANK:
       raise RecordError(where, f"must be within -{MAX_RANK} and {MAX_RANK}")
     if seen.setdefault(text, rank) != rank:
@@ -274,25 +317,25 @@ def _ranking(obj: dict) -> Ranking:
       prompt=prompt,
       completions=tuple(completions),
       ranks=tuple(ranks),
-      annotator=_optional_text(obj, "annotator"),
-      source=_optional_text(obj, "source"),
-      weight=_number(obj, "weight", default=1.0, minimum=0.0),
+      annotator=fields.optional_text(obj, "annotator"),
+      source=fields.optional_text(obj, "source"),
+      weight=fields.number(obj, "weight", default=1.0, minimum=0.0),
   )
 
 
 def _rating(obj: dict) -> Rating:
   return Rating(
-      prompt=_text(obj, "prompt", allow_empty=True),
-      completion=_text(obj, "completion"),
-      score=_number(obj, "score"),
+      prompt=fields.text(obj, "prompt", allow_empty=True),
+      completion=fields.text(obj, "completion"),
+      score=fields.number(obj, "score"),
   )
 
 
 def _prompt(obj: dict, template: chat.Template) -> Prompt:
   if "messages" not in obj:
-    return Prompt(prompt=_text(obj, "prompt"))
-  messages = _messages(obj["messages"])
-  if messages[-1]["role"] == "assistant":
+    return Prompt(prompt=fields.text(obj, "prompt"))
+  messages = _messages(obj["messages"], "messages")
+  if messages[-1]["role"] == "assistant" and len(messages) > 1:
     messages.pop()  # a demonstration's file serves as a file of prompts
   try:
     return Prompt(prompt=chat.render_prompt(messages, template))
@@ -301,13 +344,9 @@ def _prompt(obj: dict, template: chat.Template) -> Prompt:
 
 
 _VALIDATORS = {
-    "comparison": _comparison,
     "ranking": _ranking,
     "rating": _rating,
 }
-
-
-# --- fields -------------------------------------------------------------------
 
 
 def _check_spelling(kind: str, obj: dict) -> None:
@@ -320,79 +359,3 @@ def _check_spelling(kind: str, obj: dict) -> None:
       near = difflib.get_close_matches(key[:64], absent, n=1, cutoff=0.8)
       if near:
         raise RecordError(key[:64], f"unknown; did you mean {near[0]!r}?")
-
-
-def _text(
-    obj: dict, field: str, *, allow_empty: bool = False, where: str = ""
-) -> str:
-  where = where or field
-  if field not in obj:
-    raise RecordError(where, "missing")
-  _check_text(where, obj[field], allow_empty)
-  return obj[field]
-
-
-def _check_text(where: str, value: Any, allow_empty: bool) -> None:
-  if not isinstance(value, str):
-    raise RecordError(where, f"must be a string, not {_type_name(value)}")
-  _check_length(where, len(value))
-  if not allow_empty and not value.strip():
-    raise RecordError(where, "is empty")
-  if "\0" in value:
-    raise RecordError(where, f"NUL character at {value.index(chr(0))}")
-  try:
-    value.encode()
-  except UnicodeEncodeError as error:
-    raise RecordError(
-        where, f"lone surrogate at character {error.start}"
-    ) from error
-
-
-def _check_length(where: str, length: int) -> None:
-  if length > MAX_CHARACTERS:
-    raise RecordError(
-        where, f"{length} characters; the limit is {MAX_CHARACTERS}"
-    )
-
-
-def _optional_text(obj: dict, field: str) -> str | None:
-  if field not in obj or obj[field] is None:
-    return None
-  return _text(obj, field)
-
-
-def _list(obj: dict, field: str) -> list:
-  if field not in obj:
-    raise RecordError(field, "missing")
-  if not isinstance(obj[field], list):
-    raise RecordError(field, f"must be a list, not {_type_name(obj[field])}")
-  return obj[field]
-
-
-def _number(
-    obj: dict, field: str, *, default: float | None = None,
-    minimum: float = -math.inf,
-) -> float:
-  if field not in obj and default is not None:
-    return default
-  if field not in obj:
-    raise RecordError(field, "missing")
-  value = obj[field]
-  if isinstance(value, bool) or not isinstance(value, (int, float)):
-    raise RecordError(field, f"must be a number, not {_type_name(value)}")
-  try:
-    number = float(value)
-  except OverflowError:  # JSON's integers have no bound
-    number = math.inf
-  if not abs(number) <= MAX_NUMBER:  # so put, it refuses NaN too
-    raise RecordError(field, "must be a finite number within float32")
-  if number < minimum:
-    raise RecordError(field, f"is {number:g}; it may not be below {minimum:g}")
-  return number
-
-
-def _type_name(value: Any) -> str:
-  names = {bool: "a boolean", type(None): "null", dict: "an object",
-           list: "a list", str: "a string", int: "an integer",
-           float: "a number"}
-  return names[type(value)] if type(value) in names else type(value).__name__

@@ -58,8 +58,10 @@ def marked_tokens(text: str) -> list[str]:
 
 def last_marked(text: str) -> str | None:
   """The special token that a text ends with, but for white space."""
-  found = re.search(f"{MARK}([^{MARK}]+){MARK}\\s*$", text)
-  return found and found[1]
+  text = text.rstrip()
+  if not text.endswith(MARK):
+    return None
+  return text[text.rindex(MARK, 0, -1) + 1 : -1]
 
 
 class Marker:

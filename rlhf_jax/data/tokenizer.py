@@ -27,11 +27,12 @@ from typing import Any
 
 from rlhf_jax.data import (
     chat,
+    marked_text,
     special_tokens,
     tokenizer_files,
     tokenizer_training,
 )
-from rlhf_jax.data.special_tokens import MARK, TokenizerError, mark
+from rlhf_jax.data.special_tokens import TokenizerError
 from rlhf_jax.data.tokenizer_backends import FastBackend, SentencePieceBackend
 from rlhf_jax.data.tokenizer_files import HF_CONFIG, HF_FILE, SPM_FILE
 
@@ -234,7 +235,7 @@ class Tokenizer:
     """`encode` of each text, in parallel where the library can."""
     texts = list(texts)
     for index, text in enumerate(texts):
-      _check_unicode(index, text)
+      marked_text.check_unicode(index, text)
     return self._backend.encode_batch(texts, continues) if texts else []
 
   def encode_rows(
@@ -252,50 +253,7 @@ class Tokenizer:
     Raises:
       TokenizerError: a marked token is none of this tokenizer's.
     """
-    result = [[[] for _ in row] for row in rows]
-    ordinary = {False: [], True: []}
-    marked = []
-    for r, row in enumerate(rows):
-      for i, text in enumerate(row):
-        before = "".join(row[:i])
-        if MARK in text or special_tokens.last_marked(before):
-          marked.append((r, i, before))
-        else:
-          ordinary[bool(before)].append((r, i))
-    for continues, places in ordinary.items():
-      # Completions of one prompt repeat it.
-      texts = dict.fromkeys(rows[r][i] for r, i in places)
-      found = self.encode_batch(list(texts), continues=continues)
-      ids_of = dict(zip(texts, found, strict=True))
-      for r, i in places:
-        result[r][i] = list(ids_of[rows[r][i]])
-    for r, i, before in marked:
-      last = next((x[-1] for x in reversed(result[r][:i]) if x), None)
-      result[r][i] = self._encode_marked(rows[r][i], before, last)
-    return result
-
-  def _encode_marked(
-      self, text: str, before: str, last_id: int | None
-  ) -> list[int]:
-    """Ids of a text after `before`, whose last id is `last_id`."""
-    _check_unicode(0, text)
-    for token in special_tokens.marked_tokens(text):
-      if token not in self.special_tokens:
-        raise TokenizerError(
-            f"{token!r} is no special token of this tokenizer, whose are"
-            f" {', '.join(self.special_tokens)}: the text was made by the chat"
-            " template of another."
-        )
-    if not before:
-      return self._backend.encode_marked(text)
-    token = special_tokens.last_marked(before)
-    if token and last_id == self.special_tokens[token]:
-      # What stands directly behind a special token may be the start of a word.
-      return self._backend.encode_marked(mark(token) + text)[1:]
-    plain = text.partition(MARK)[0]
-    ids = self.encode(plain, continues=True)
-    rest = text[len(plain):]
-    return ids + (self._backend.encode_marked(rest) if rest else [])
+    return marked_text.encode_rows(self, self._backend, rows)
 
   def template(self, choice: str) -> chat.Template:
     """The chat template of a config, which may place special tokens.
@@ -410,13 +368,3 @@ def _check_eos(eos_id: int | None, name: str) -> None:
         f"{name}: no end-of-sequence token. Completions could never end; set"
         " eos_token in its tokenizer_config.json."
     )
-
-
-def _check_unicode(index: int, text: str) -> None:
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise ValueError(
-        f"text {index} holds a lone surrogate at character {error.start},"
-        " which is no Unicode text; clean it before encoding."
-    ) from error

@@ -99,9 +99,10 @@ def exported_files(
     spec = json.loads(sentencepiece_export.to_fast(backend.proto))
   else:
     spec = json.loads(backend.serialized)
-  if not spec["post_processor"] and tokenizer.bos_id is not None:
-    # The model has seen it before every text.
-    spec["post_processor"] = _with_start(tokenizer.bos_token, tokenizer.bos_id)
+  if tokenizer.bos_id is not None:
+    spec["post_processor"] = _with_start(
+        spec["post_processor"], tokenizer.bos_token, tokenizer.bos_id
+    )
   specials = {
       "eos": backend.piece(tokenizer.eos_id),
       "bos": tokenizer.bos_token,
@@ -112,13 +113,24 @@ def exported_files(
   return files | {GENERATION_CONFIG: generation_config(tokenizer)}
 
 
-def _with_start(token: str, id_: int) -> dict[str, Any]:
-  """A post-processor that puts the start token before a text."""
+def _with_start(
+    found: dict[str, Any] | None, token: str, id_: int
+) -> dict[str, Any]:
+  """A post-processor that puts the start token before a text.
+
+  The model has seen it there, whatever its tokenizer did elsewhere.
+  """
+  if json.dumps(token) in json.dumps(found):
+    return found
   start = {"SpecialToken": {"id": token, "type_id": 0}}
   text = lambda name: {"Sequence": {"id": name, "type_id": 0}}
-  return {
+  added = {
       "type": "TemplateProcessing",
       "single": [start, text("A")],
       "pair": [start, text("A"), text("B")],
       "special_tokens": {token: {"id": token, "ids": [id_], "tokens": [token]}},
   }
+  # transformers fills what is not there by one that does nothing.
+  if not found or found.get("special_tokens") == {}:
+    return added
+  return {"type": "Sequence", "processors": [found, added]}

@@ -175,6 +175,31 @@ def test_what_users_spell_is_text(tokenizers, name):
   )
 
 
+@pytest.mark.parametrize("prompt_apart", [False, True])
+@pytest.mark.parametrize("name, which", STABLE)
+def test_a_comparison_of_chats_is_tokens_of_demonstrations(
+    tokenizers, name, which, prompt_apart
+):
+  tokenizer = tokenizers[name, False]
+  start = conversation(name, which)[:-1]
+  ends = [[{"role": "assistant", "content": x}] for x in ("Yes.", "No ☃")]
+  obj = {"prompt": start} if prompt_apart else {}
+  for field, end in zip(("chosen", "rejected"), ends, strict=True):
+    obj[field] = end if prompt_apart else start + end
+  record = records.validate_record(
+      "comparison", obj, tokenizer.template("tokenizer")
+  )
+  batch, _ = encoding.encode_comparisons(
+      [record], tokenizer, max_prompt_length=256, max_completion_length=32,
+      policy="error",
+  )
+  for side, end in enumerate(ends):
+    ids = batch.tokens[0, side][batch.attention_mask[0, side] == 1].tolist()
+    assert ids == encode(tokenizer, start + end)[0]
+  prompt = batch.tokens[0, 0, :256][batch.attention_mask[0, 0, :256] == 1]
+  assert prompt.tolist() == golden(name, which)["prompt_ids"]
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_the_end_of_turn_ends_completions(tokenizers, name):
   tokenizer = tokenizers[name, False]

@@ -129,6 +129,41 @@ objects = json_values | st.dictionaries(
 )
 
 
+SAID = {"role": "user", "content": "Hi"}
+ANSWERS = [{"role": "assistant", "content": x} for x in ("Yes", "No")]
+
+
+def test_conversations_are_compared_by_their_last_answers():
+  obj = {
+      "chosen": [SAID, ANSWERS[0]], "rejected": [SAID, ANSWERS[1]],
+      "weight": 2.0, "prompt": "Hi",
+  }
+  found = records.validate_record("comparison", obj, "hh")
+  assert found == records.Comparison(
+      "\n\nHuman: Hi\n\nAssistant:", " Yes", " No", weight=2.0
+  )
+
+
+@pytest.mark.parametrize("obj, field, reason", [
+    ({"chosen": [SAID, ANSWERS[0]]}, "rejected", "missing"),
+    ({"chosen": [SAID, ANSWERS[0]], "rejected": "No"}, "rejected", "a list of"),
+    ({"chosen": [SAID], "rejected": [SAID | {"content": "x"}]}, "chosen",
+     "must be the assistant's"),
+    ({"chosen": [SAID, ANSWERS[0]], "rejected": [ANSWERS[1]]}, "rejected",
+     "differ before their last message"),
+    ({"chosen": [SAID, ANSWERS[0]], "rejected": [SAID, ANSWERS[0]]},
+     "rejected", "identical to chosen"),
+    ({"prompt": [], "chosen": [ANSWERS[0]], "rejected": [ANSWERS[1]]},
+     "prompt", "at least one message"),
+    ({"chosen": [SAID, {"role": "bot", "content": "x"}], "rejected": []},
+     "chosen[1].role", "must be one of"),
+])
+def test_conversations_that_cannot_be_compared(obj, field, reason):
+  with pytest.raises(records.RecordError) as error:
+    records.validate_record("comparison", obj)
+  assert error.value.field == field and reason in error.value.reason
+
+
 @settings(max_examples=300)
 @given(kind=st.sampled_from(records.KINDS), obj=objects,
        template=st.sampled_from(["plain", "hh"]))

@@ -272,6 +272,13 @@ def test_a_tokenizer_trained_here_is_exported_with_its_start_token(
   assert theirs.pad_token_id == bpe.pad_id
   back = Tokenizer.from_pretrained_folder(tmp_path / "out")
   assert back.encode(TEXTS[0]) == bpe.encode(TEXTS[0])
+  # Once, and also where it came by way of another folder.
+  theirs = exported(back, tmp_path / "again")
+  assert theirs("a").input_ids == [2, *bpe.encode("a")]
+  bpe.save(tmp_path / "saved")
+  read = Tokenizer.from_pretrained_folder(tmp_path / "saved")
+  theirs = exported(read, tmp_path / "third")
+  assert theirs("a").input_ids == [2, *bpe.encode("a")]
 
 
 def test_marked_tokens_are_read_and_spelled_ones_are_not(bpe, spm):
@@ -442,6 +449,10 @@ def test_gpt2_gives_the_published_ids(data_dir, tmp_path):
   # It has no token to spare for padding, which masks tell.
   assert tokenizer.eos_id == tokenizer.pad_id == 50256
   assert not tokenizer.pad_is_safe
+  theirs = exported(tokenizer, tmp_path / "out")
+  # Behind its own post-processor.
+  assert theirs("Hello world").input_ids == [50256, 15496, 995]
+  assert theirs.pad_token is None
   assert tokenizer.vocab_size == 50257
 
 

@@ -1,5 +1,6 @@
 """What the evaluation says of completions that were measured."""
 
+import copy
 import dataclasses
 
 import numpy as np
@@ -107,15 +108,37 @@ def two_policies(finished_run, monkeypatch, **changes):
   return from_config(evaluate.Config, settings)
 
 
+@dataclasses.dataclass(frozen=True)
 class Prompts:
   """Stands for a reader of some prompts."""
 
-  def __init__(self, texts):
-    self._found = [Prompt(prompt=x) for x in texts]
+  texts: list
+  tokenizer: Tokenizer | None = None
 
   def prompts(self, cfg, split):
     del cfg, split
-    return self._found
+    return [Prompt(prompt=x) for x in self.texts]
+
+
+def test_policies_with_templates_of_their_own_are_not_asked_alike(
+    finished_run, monkeypatch
+):
+  config = two_policies(finished_run, monkeypatch)
+  config = dataclasses.replace(
+      config,
+      prompts=dataclasses.replace(config.prompts, chat_template="tokenizer"),
+  )
+  load = models.load_policy
+
+  def with_template(place):
+    policy = load(place)
+    tokenizer = copy.copy(policy.tokenizer)
+    tokenizer.chat_template = f"{{{{ '{tokenizer.fingerprint}' }}}}"
+    return dataclasses.replace(policy, tokenizer=tokenizer)
+
+  monkeypatch.setattr(models, "load_policy", with_template)
+  with pytest.raises(ConfigError, match="have different chat templates"):
+    evaluate.complete(config, Prompts(["both"]))
 
 
 def test_policies_complete_the_prompts_that_are_short_for_all(

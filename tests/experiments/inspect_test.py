@@ -97,14 +97,14 @@ def test_rows_are_those_that_the_stage_trains_on(
   config = from_config(sft.Config, settings)
   seen = {}
 
-  def train(name, out, cfg, policy, examples):
+  def train(name, out, cfg, policy, examples, *others):
     for split in examples:
       seen[split] = language_model.pack(cfg, policy.tokenizer, examples[split])
 
   monkeypatch.setattr(language_model, "train", train)
   monkeypatch.setattr(
       models, "load_policy",
-      lambda place: models.Policy(None, None, models.load_tokenizer(place)),
+      lambda place, _: models.Policy(None, None, models.load_tokenizer(place)),
   )
   sft.run(config, str(tmp_path / "sft"))
   _, parts = inspect.sft_parts(config, tmp_path)

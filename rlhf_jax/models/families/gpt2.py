@@ -2,7 +2,12 @@
 
 from typing import Any
 
-from rlhf_jax.models.families.hf_config import Fields, read_names, write_names
+from rlhf_jax.models.families.hf_config import (
+    Fields,
+    read_names,
+    write_choice,
+    write_names,
+)
 from rlhf_jax.models.families.table import Tensor, embedding, linear, norm
 from rlhf_jax.models.transformer import TransformerConfig
 
@@ -75,10 +80,9 @@ def their_shape(
     cfg: TransformerConfig, names: dict[str, str], activation: str
 ) -> dict[str, Any]:
   """The inverse of `shape`."""
-  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   return {
       **write_names(cfg, names),
-      activation: activations.get(cfg.activation),
+      activation: write_choice(cfg, "activation", _ACTIVATIONS),
   }
 
 

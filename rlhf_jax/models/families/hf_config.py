@@ -109,11 +109,20 @@ def read_fields(folder: epath.Path) -> tuple[str, Fields]:
     ) from error
   except (ValueError, RecursionError) as error:
     raise FamilyError(f"{path}: not JSON: {error}") from error
+  return model_type, fill_in(given, config_class, str(path))
+
+
+def fill_in(given: Mapping[str, Any], config_class: type, name: str) -> Fields:
+  """The fields with the defaults of transformers' own class for them.
+
+  Raises:
+    FamilyError: it refuses them.
+  """
   try:
     values = config_class.from_dict(given).to_dict()
   except Exception as error:  # whatever its validation raises
-    raise FamilyError(f"{path}: transformers refuses it: {error}") from error
-  return model_type, Fields(values, str(path))
+    raise FamilyError(f"{name}: transformers refuses it: {error}") from error
+  return Fields(values, name)
 
 
 # --- both ways ----------------------------------------------------------------
@@ -129,6 +138,20 @@ def write_names(
 ) -> dict[str, Any]:
   """The inverse of `read_names`."""
   return {theirs: getattr(cfg, ours) for ours, theirs in names.items()}
+
+
+def write_choice(
+    cfg: TransformerConfig, field: str, choices: Mapping[str, str]
+) -> str:
+  """Their word for our field's value: the inverse of `Fields.choose`."""
+  value = getattr(cfg, field)
+  theirs = [x for x, ours in choices.items() if ours == value]
+  if not theirs:
+    raise FamilyError(
+        f"the family cannot express this model: {field}={value!r} is none of "
+        f"{', '.join(map(repr, choices.values()))}"
+    )
+  return theirs[0]
 
 
 def read_layer_types(hf: Fields) -> dict[str, Any]:

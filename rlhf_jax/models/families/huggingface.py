@@ -216,13 +216,15 @@ def _their_config(
   theirs = module.to_theirs(config)
   # Read back, it must be the same model: what the family has no field for
   # would be lost otherwise.
-  values = transformers.CONFIG_MAPPING[family].from_dict(theirs).to_dict()
+  fields = hf_config.fill_in(
+      theirs, transformers.CONFIG_MAPPING[family], f"family {family}"
+  )
   free = (
       "dtype param_dtype remat scan_unroll head_chunk_size attention_backend"
   ).split()
   again = make_config(
       module,
-      Fields(values, f"family {family}"),
+      fields,
       **{name: getattr(config, name) for name in free},
   )
   lost = [

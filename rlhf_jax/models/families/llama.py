@@ -9,6 +9,7 @@ from rlhf_jax.models.families.hf_config import (
     Fields,
     read_names,
     read_rope,
+    write_choice,
     write_names,
     write_rope,
 )
@@ -78,12 +79,11 @@ def their_shape(
     cfg: TransformerConfig, activation: str = "hidden_act"
 ) -> dict[str, Any]:
   """The inverse of `shape`."""
-  activations = {ours: theirs for theirs, ours in _ACTIVATIONS.items()}
   return {
       **write_names(cfg, NAMES),
       "num_key_value_heads": cfg.num_kv_heads,
       "head_dim": cfg.head_dim,
-      activation: activations.get(cfg.activation),
+      activation: write_choice(cfg, "activation", _ACTIVATIONS),
   }
 
 

@@ -5,8 +5,6 @@ always run; what needs torch beside runs where it is installed.
 """
 
 import importlib.util
-import json
-import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,9 +14,7 @@ import pytest
 from rlhf_jax.generation import decode
 from rlhf_jax.losses import load_balancing
 from rlhf_jax.models import functions, heads
-from rlhf_jax.models.families import huggingface, llama2c, tensor_files
-from rlhf_jax.models.families.huggingface import FamilyError
-from rlhf_jax.models.families.tensor_files import TensorFileError
+from rlhf_jax.models.families import huggingface, llama2c
 from tests.models.families import hf_models
 
 NAMES = sorted(hf_models.MODELS)
@@ -121,6 +117,30 @@ def test_bfloat16_computes_softmax_and_norms_in_float32(name):
   assert found["exp"] == {"float32"}  # of the softmax
   assert found["rsqrt"] == {"float32"}  # of the norms
   assert "bfloat16" in found["dot_general"]  # and products are not
+
+
+def test_a_second_save_replaces_the_first(tmp_path):
+  loaded = huggingface.load_folder(hf_models.GOLDEN / "gpt2")
+  for add, size in ((0, 4_000), (1, 10**9), (2, 4_000)):
+    params = jax.tree.map(lambda x, add=add: x + add, loaded.params)
+    huggingface.save_folder(
+        tmp_path, loaded.config, params, family="gpt2", max_file_bytes=size
+    )
+    again = huggingface.load_folder(tmp_path)
+    jax.tree.map(np.testing.assert_array_equal, again.params, params)
+
+
+def test_dtype_is_converted_on_the_way():
+  loaded = huggingface.load_folder(
+      hf_models.GOLDEN / "gpt2", param_dtype="bfloat16", dtype="bfloat16"
+  )
+  assert {x.dtype.name for x in jax.tree.leaves(loaded.params)} == {"bfloat16"}
+  expected = np.load(hf_models.GOLDEN / "gpt2" / "expected.npz")
+  logits = logits_of(loaded, expected["tokens"], expected["mask"])
+  difference = largest_difference(
+      logits, expected["logits"], expected["mask"]
+  )
+  assert difference < 0.3
 
 
 # ---- With torch --------------------------------------------------------------
@@ -307,233 +327,6 @@ def test_reward_models_go_both_ways(name, tmp_path):
           attention_mask=torch.as_tensor(mask),
       ).logits[:, 0]
     np.testing.assert_allclose(score, theirs.numpy(), atol=1e-4)
-
-
-# ---- What is refused ---------------------------------------------------------
-
-
-@pytest.fixture
-def folder(tmp_path):
-  return shutil.copytree(hf_models.GOLDEN / "llama", tmp_path / "llama")
-
-
-def change_config(folder, **changes):
-  path = folder / "config.json"
-  config = json.loads(path.read_text()) | changes
-  path.write_text(json.dumps(config))
-
-
-def rewrite(folder, change):
-  """The folder's tensors, changed as a dict of arrays."""
-  reader = tensor_files.TensorReader(folder)
-  arrays = {name: reader.read(name) for name in reader.names()}
-  change(arrays)
-  tensor_files.write_tensors(
-      folder,
-      [
-          tensor_files.TensorSource(name, x.shape, x.dtype, lambda x=x: x)
-          for name, x in arrays.items()
-      ],
-  )
-
-
-@pytest.mark.parametrize(
-    "changes, message",
-    [
-        ({"hidden_act": "relu"}, "hidden_act='relu' is not implemented"),
-        ({"a_new_field": 3}, "not implemented: a_new_field=3"),
-        ({"model_type": "bert"}, "model_type='bert' is none of gemma2, "),
-        ({"model_type": "nosuch"}, "'nosuch' is unknown"),
-        (
-            {"rope_parameters": {"rope_type": "longrope", "rope_theta": 1e4,
-                                 "factor": 2.0}},
-            "longrope|is not implemented",
-        ),
-    ],
-)
-def test_what_a_config_asks_for_and_is_not_there_is_named(
-    folder, changes, message
-):
-  change_config(folder, **changes)
-  with pytest.raises(FamilyError, match=message):
-    huggingface.load_folder(folder)
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_type": "default", "rope_theta": "x"},
-        {"rope_type": "default", "rope_theta": float("inf")},
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": 0.5},
-        {"rope_type": "linear", "rope_theta": 1e4, "factor": None},
-        {"rope_type": "llama3", "rope_theta": 1e4, "factor": 2.0},
-    ],
-)
-def test_rotary_parameters_that_make_no_sense_are_refused(folder, rope):
-  change_config(folder, rope_parameters=rope)
-  with pytest.raises(FamilyError):
-    huggingface.load_folder(folder)
-
-
-def test_a_second_save_replaces_the_first(tmp_path):
-  loaded = huggingface.load_folder(hf_models.GOLDEN / "gpt2")
-  for add, size in ((0, 4_000), (1, 10**9), (2, 4_000)):
-    params = jax.tree.map(lambda x, add=add: x + add, loaded.params)
-    huggingface.save_folder(
-        tmp_path, loaded.config, params, family="gpt2", max_file_bytes=size
-    )
-    again = huggingface.load_folder(tmp_path)
-    jax.tree.map(np.testing.assert_array_equal, again.params, params)
-
-
-def test_what_stands_beside_the_model_is_not_read(folder):
-  shutil.copy(folder / "model.safetensors", folder / "consolidated.safetensors")
-  huggingface.load_folder(folder)
-
-
-def write_header(path, header):
-  text = json.dumps(header).encode() if isinstance(header, dict) else header
-  path.write_bytes(len(text).to_bytes(8, "little") + text + bytes(64))
-
-
-@pytest.mark.parametrize(
-    "header",
-    [
-        b"[" * 100_000,
-        b"{}}",
-        b"[1]",
-        {"a": {"dtype": ["F32"], "shape": [1], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [1.5], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": "16", "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F32", "shape": [-1], "data_offsets": [0, -4]}},
-        {"a": {"dtype": "F32", "shape": [2], "data_offsets": [0, 4]}},
-        {"a": {"dtype": "F4", "shape": [1], "data_offsets": [0, 1]}},
-        {"a": 3},
-    ],
-)
-def test_damaged_headers_are_refused(folder, header):
-  write_header(folder / "model.safetensors", header)
-  with pytest.raises(TensorFileError, match="model.safetensors: "):
-    huggingface.load_folder(folder)
-
-
-@pytest.mark.parametrize("value", [3, ".", "../../etc/passwd", None])
-def test_damaged_indexes_are_refused(folder, value):
-  (folder / "model.safetensors").unlink()
-  index = {"weight_map": {"model.norm.weight": value}}
-  (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-  with pytest.raises(TensorFileError, match="model.safetensors.index.json: "):
-    huggingface.load_folder(folder)
-
-
-NORM = "model.layers.1.input_layernorm.weight"
-TOO_DEEP = NORM.replace("1", "2")
-BIAS = "model.layers.1.self_attn.q_proj.bias"
-
-
-def test_missing_extra_and_misshapen_tensors_are_named(folder):
-  for change, message in (
-      (lambda x: x.pop(NORM), f"tensor {NORM} is missing"),
-      (lambda x: x.update({NORM: x[NORM][:-1]}), r"has shape \[15\].* \[16\]"),
-      (lambda x: x.update({NORM: x[NORM] * np.nan}), "holds NaN or Inf"),
-      (lambda x: x.update({"model.new": x[NORM]}), "tensor model.new is none"),
-      (lambda x: x.update({TOO_DEEP: x[NORM]}), f"tensor {TOO_DEEP} is none"),
-      (lambda x: x.update({BIAS: x[NORM]}), f"tensor {BIAS} is none"),
-      (lambda x: x.update({NORM: x[NORM].astype(np.int32)}), "holds int32"),
-      (lambda x: x.update({NORM[6:]: x[NORM]}), "is also there as"),
-  ):
-    shutil.rmtree(folder)
-    shutil.copytree(hf_models.GOLDEN / "llama", folder)
-    rewrite(folder, change)
-    with pytest.raises(TensorFileError, match=message):
-      huggingface.load_folder(folder)
-
-
-@pytest.mark.parametrize("keep", [0, 5, 30, 0.5, 0.99])
-def test_a_truncated_file_is_named(folder, keep):
-  path = folder / "model.safetensors"
-  data = path.read_bytes()
-  path.write_bytes(data[: int(keep * len(data)) if keep < 1 else keep])
-  with pytest.raises(TensorFileError, match="model.safetensors: .*cut short"):
-    huggingface.load_folder(folder)
-
-
-def test_a_missing_file_of_several_is_named(folder):
-  reader = tensor_files.TensorReader(folder)
-  arrays = {name: reader.read(name) for name in reader.names()}
-  (folder / "model.safetensors").unlink()
-  with pytest.raises(TensorFileError, match="holds no .*safetensors"):
-    huggingface.load_folder(folder)
-  tensor_files.write_tensors(
-      folder,
-      [
-          tensor_files.TensorSource(name, x.shape, x.dtype, lambda x=x: x)
-          for name, x in arrays.items()
-      ],
-      max_file_bytes=4_000,
-  )
-  first = sorted(folder.glob("*.safetensors"))[1]
-  first.unlink()
-  with pytest.raises(TensorFileError, match=f"{first.name}: is missing"):
-    huggingface.load_folder(folder)
-
-
-def test_a_family_that_cannot_say_it_is_refused(tmp_path):
-  loaded = huggingface.load_folder(hf_models.GOLDEN / "qwen3")
-  with pytest.raises(FamilyError, match="llama cannot .* qk_norm='head'"):
-    huggingface.save_folder(
-        tmp_path, loaded.config, loaded.params, family="llama"
-    )
-
-
-def test_a_head_that_is_tied_and_differs_is_refused(tmp_path):
-  name = "llama_tied_scaled"
-  folder = shutil.copytree(hf_models.GOLDEN / name, tmp_path / name)
-  embedding = "model.embed_tokens.weight"
-  rewrite(folder, lambda x: x.update({"lm_head.weight": x[embedding]}))
-  huggingface.load_folder(folder)
-  rewrite(folder, lambda x: x.update({"lm_head.weight": x[embedding] + 1}))
-  with pytest.raises(TensorFileError, match="says that they are tied"):
-    huggingface.load_folder(folder)
-
-
-def test_dtype_is_converted_on_the_way():
-  loaded = huggingface.load_folder(
-      hf_models.GOLDEN / "gpt2", param_dtype="bfloat16", dtype="bfloat16"
-  )
-  assert {x.dtype.name for x in jax.tree.leaves(loaded.params)} == {"bfloat16"}
-  expected = np.load(hf_models.GOLDEN / "gpt2" / "expected.npz")
-  logits = logits_of(loaded, expected["tokens"], expected["mask"])
-  difference = largest_difference(
-      logits, expected["logits"], expected["mask"]
-  )
-  assert difference < 0.3
-
-
-# ---- Files -------------------------------------------------------------------
-
-
-def test_files_are_those_of_the_formats_own_library(tmp_path):
-  safetensors = pytest.importorskip("safetensors.numpy")
-  rng = np.random.default_rng(0)
-  arrays = {
-      "a": rng.normal(size=(3, 5)).astype(np.float32),
-      "b": rng.integers(0, 9, (4,)).astype(np.int64),
-      "c": np.array(3.0, np.float32),
-      "d": np.zeros((0, 2), np.float16),
-  }
-  sources = [
-      tensor_files.TensorSource(k, x.shape, x.dtype, lambda x=x: x)
-      for k, x in arrays.items()
-  ]
-  tensor_files.write_tensors(tmp_path / "ours", sources)
-  read = safetensors.load_file(tmp_path / "ours" / "model.safetensors")
-  jax.tree.map(np.testing.assert_array_equal, read, arrays)
-  (tmp_path / "theirs").mkdir()
-  safetensors.save_file(arrays, tmp_path / "theirs" / "model.safetensors")
-  reader = tensor_files.TensorReader(tmp_path / "theirs")
-  for name, x in arrays.items():
-    np.testing.assert_array_equal(reader.read(name), x)
 
 
 @needs_torch

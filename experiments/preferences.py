@@ -127,7 +127,8 @@ def sample_groups(
       config.batch_size,
   )
   texts = tokenizer.decode_batch(
-      rollout.completions, rollout.completion_mask, continues=True
+      rollout.completions, rollout.completion_mask, continues=True,
+      drop_unknown=True,
   )
   return [
       (prompts[index].prompt, texts[i * k : (i + 1) * k])

@@ -16,6 +16,7 @@ from absl import app, flags
 import jax
 
 from experiments.harness import checks, cli, evaluator, models, sources
+from rlhf_jax.data import chat
 from rlhf_jax.data.records import Prompt
 
 _POLICIES = flags.DEFINE_list("policies", None, "Places, divided by commas.")
@@ -30,6 +31,11 @@ _TEMPERATURE = flags.DEFINE_float("temperature", 0.7, "Of the sampling.")
 _GREEDY = flags.DEFINE_bool("greedy", False, "The likeliest token each time.")
 _TOP_K = flags.DEFINE_integer("top_k", 0, "Of so many tokens; 0 is all.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Of tokens with so much mass.")
+_CHAT_TEMPLATE = flags.DEFINE_string(
+    "chat_template", "",
+    "Makes each prompt a user's message: 'tokenizer' for each policy's own, "
+    "'hh', a .jinja file or Jinja; '' leaves it as it is.",
+)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the sampling.")
 flags.mark_flag_as_required("policies")
 
@@ -88,7 +94,14 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
         f"--max_completion_length={_LENGTH.value} leaves no room for a prompt "
         f"in {place}, whose max_length is {policy.config.max_length}"
     )
-  lengths = [len(x) + 1 for x in policy.tokenizer.encode_batch(prompts)]
+  if _CHAT_TEMPLATE.value:
+    template = policy.tokenizer.template(_CHAT_TEMPLATE.value)
+    prompts = [
+        chat.render_prompt([{"role": "user", "content": x}], template)
+        for x in prompts
+    ]
+  encoded = policy.tokenizer.encode_rows([[x] for x in prompts])
+  lengths = [len(ids) + 1 for (ids,) in encoded]
   cfg = evaluator.SampleConfig(
       max_prompt_length=min(max(lengths), longest),
       max_completion_length=_LENGTH.value,

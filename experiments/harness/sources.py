@@ -204,6 +204,9 @@ def _documents(source: str) -> list[str]:
     text = pathlib.Path(path).read_text(encoding="utf-8")
   except UnicodeDecodeError as error:
     raise readers.ReadError(f"{path}: not UTF-8: {error}") from error
+  if "\0" in text:
+    # As records: it marks special tokens, which no text may do.
+    raise readers.ReadError(f"{path}: NUL character at {text.index(chr(0))}")
   pattern = r"(?<!\n)\n(?!\n)" if kind == "stories" else r"\n\s*\n"
   found = [x.strip() for x in re.split(pattern, text)]
   found = [x for x in found if x]

@@ -200,9 +200,9 @@ def render_spans(
 ) -> tuple[Span, ...]:
   """Renders a conversation into (text, trained) spans.
 
-  The spans joined are the rendered text, but for white space behind the last
-  end-of-turn token. A span is trained if the assistant wrote it, its
-  end-of-turn token included; the header in front of its words is not.
+  The spans joined are the rendered text, but for white space and closing tokens
+  behind the last end-of-turn token. A span is trained if the assistant wrote
+  it, its end-of-turn token included; the header in front of its words is not.
 
   Args:
     messages: dicts of role and content, checked by the caller.
@@ -225,9 +225,22 @@ def render_spans(
       spans[-1] = (spans[-1][0] + piece, trained)
     elif piece:
       spans.append((piece, trained))
-  if spans and not spans[-1][1] and not spans[-1][0].strip():
+  if len(spans) > 1 and _only_closes(spans[-2:]):
     spans.pop()
   return tuple(spans)
+
+
+def _only_closes(spans: Sequence[Span]) -> bool:
+  """Whether the second holds nothing but white space, or closing tokens.
+
+  Closing tokens are those behind an end-of-turn token.
+  """
+  (answer, trained), (text, rest_trained) = spans
+  if not trained or rest_trained:
+    return False
+  if answer.endswith(MARK):
+    text = special_tokens.without_marked(text)
+  return not text.strip()
 
 
 def render_prompt(messages: Messages, chat_template: str | Template) -> str:
@@ -266,18 +279,28 @@ def _prefix_differences(messages: Messages, template: Template) -> list[Span]:
       continue
     header = template.render(messages[:index], True)
     parts.append((_rest(before, header, index, messages, template), False))
-    before = template.render(messages[: index + 1], False)
-    written = _rest(header, before, index, messages, template)
+    whole = template.render(messages[: index + 1], False)
+    written = _rest(header, whole, index, messages, template)
     _check_header(message["content"], written, template)
-    end = written.rfind(MARK) + 1
-    if not end or written[end:].strip():
-      end = len(written)  # no token ends this turn
-    parts += [(written[:end], True), (written[end:], False)]
+    end = _end_of_answer(message["content"], written)
+    parts.append((written[:end], True))
+    # What is behind may say that the conversation ends here, which it may not.
+    before = header + written[:end]
   if messages[-1]["role"] != "assistant":
     whole = template.render(messages, False)
-    rest = _rest(before, whole, len(messages) - 1, messages, template)
-    parts.append((rest, False))
-  return parts
+  rest = _rest(before, whole, len(messages) - 1, messages, template)
+  return [*parts, (rest, False)]
+
+
+def _end_of_answer(content: str, written: str) -> int:
+  """Where the assistant's part ends: behind its end-of-turn token."""
+  answer = re.escape(content.strip())
+  found = re.search(rf"{answer}\s*{MARK}[^{MARK}]+{MARK}", written)
+  if found:
+    return found.end()
+  end = written.rfind(MARK) + 1
+  # Without a token at its end, all is the assistant's.
+  return end if end and not written[end:].strip() else len(written)
 
 
 def _rest(
@@ -319,7 +342,7 @@ def _check_blocks(
         f"it has {blocks} generation blocks for {answers} answers of the"
         " assistant: {% generation %} must stand around each."
     )
-  if messages[-1]["role"] == "assistant" and parts[-1][0].strip():
+  if messages[-1]["role"] == "assistant" and not _only_closes(parts[-2:]):
     what = special_tokens.unmarked(parts[-1][0])
     raise template.error(
         f"{what!r} is behind the last generation block, so that nobody would"

@@ -51,6 +51,11 @@ def unmarked(text: str) -> str:
   return text.replace(MARK, "")
 
 
+def without_marked(text: str) -> str:
+  """Text without its special tokens."""
+  return _MARKED.sub("", text)
+
+
 def marked_tokens(text: str) -> list[str]:
   """The special tokens in a text, in order."""
   return _MARKED.findall(text)

@@ -311,7 +311,7 @@ class Tokenizer:
 
   def decode_batch(
       self, rows: Sequence[Sequence[int]], mask: Any = None, *,
-      continues: bool = False,
+      continues: bool = False, drop_unknown: bool = False,
   ) -> list[str]:
     """`decode` of each row.
 
@@ -319,6 +319,9 @@ class Tokenizer:
       rows: lists of ids, or an integer array [B, N].
       mask: [B, N], 1 on the tokens to decode; None decodes all of them.
       continues: as in `decode`.
+      drop_unknown: leave out ids above the vocabulary instead of refusing them.
+        Models often have more embeddings than their tokenizer has tokens, and
+        then may sample one.
     """
     rows = [_plain_ids(row) for row in rows]
     if mask is not None:
@@ -326,6 +329,8 @@ class Tokenizer:
           [id_ for id_, keep in zip(row, _plain_ids(kept), strict=True) if keep]
           for row, kept in zip(rows, mask, strict=True)
       ]
+    if drop_unknown:
+      rows = [[x for x in row if x < self.vocab_size] for row in rows]
     for index, row in enumerate(rows):
       if row and not 0 <= min(row) <= max(row) < self.vocab_size:
         raise ValueError(

@@ -49,7 +49,8 @@ class Episodes:
     """The completions' text, up to where each ended."""
     rollout = self.host_rollout
     return self.tokenizer.decode_batch(
-        rollout.completions, rollout.completion_mask, continues=True
+        rollout.completions, rollout.completion_mask, continues=True,
+        drop_unknown=True,
     )
 
 

@@ -148,11 +148,12 @@ EXPECTED = {
     ),
     ("phi3", "short"): (
         "<|user|>\nHow are you?<|end|>\n<|assistant|>\n[[Fine, ☃!<|end|>]]\n"
+        "<|endoftext|>"
     ),
     ("phi3", "long"): (
         "<|system|>\nBe kind.<|end|>\n<|user|>\nWhat is\n2+2?<|end|>\n"
         "<|assistant|>\n[[4.<|end|>]]\n<|user|>\nThe  snow?<|end|>\n"
-        "<|assistant|>\n[[Cold.\n\nVery.<|end|>]]\n"
+        "<|assistant|>\n[[Cold.\n\nVery.<|end|>]]\n<|endoftext|>"
     ),
     ("olmo2", "short"): (
         "<|endoftext|><|user|>\nHow are you?\n"

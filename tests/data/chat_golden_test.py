@@ -228,6 +228,28 @@ def test_a_system_message_is_refused_by_its_template(tokenizers, name):
     )
 
 
+@pytest.mark.parametrize("change, message", [
+    # Nobody would learn to stop.
+    (lambda x: x.replace("+ '<|im_end|>' }}{% endgeneration %}",
+                         "}}{% endgeneration %}{{ '<|im_end|>' }}"),
+     "is behind the last generation block"),
+    (lambda x: x.replace("{% if m.role == 'assistant' %}{% generation %}",
+                         "{% if false %}{% generation %}"),
+     "0 generation blocks for 2 answers"),
+    (lambda x: re.sub(r"{% (end)?generation %}", "", x).replace(
+        "{% if add_generation_prompt %}", "{% if false %}"),
+     "stands before the assistant's words and not at the end of the prompt"),
+])
+def test_a_template_that_masks_wrongly_is_refused(tokenizers, change, message):
+  tokenizer = tokenizers["qwen2", True]
+  source = change(tokenizer.chat_template)
+  assert source != tokenizer.chat_template
+  with pytest.raises(chat.ChatTemplateError, match=message):
+    chat.render_spans(
+        conversation("qwen2", "long"), tokenizer.template(source)
+    )
+
+
 def test_a_mark_of_another_tokenizer_is_refused(tokenizers):
   with pytest.raises(ValueError, match="'<|im_end|>' is no special token of"):
     tokenizers["llama3", False].encode_rows([["Hi" + mark("<|im_end|>")]])

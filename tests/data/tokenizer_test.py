@@ -358,6 +358,13 @@ def test_decode_drops_special_tokens_and_masked_tokens(bpe, spm):
     assert tokenizer.decode_batch(rows, mask) == ["the dog"]
 
 
+def test_what_a_model_samples_beyond_the_vocabulary_is_no_text(bpe):
+  ids = [bpe.vocab_size, *bpe.encode("the"), bpe.vocab_size + 7, bpe.eos_id]
+  assert bpe.decode_batch([ids], drop_unknown=True) == ["the"]
+  with pytest.raises(ValueError, match="outside the vocabulary"):
+    bpe.decode_batch([ids])
+
+
 def test_digits_are_single_tokens(bpe):
   assert len(bpe.encode("123456")) == 6
 

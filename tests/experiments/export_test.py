@@ -78,6 +78,24 @@ def saved_policy(tmp_path, tokenizer) -> str:
   return str(place)
 
 
+def test_a_chat_policy_is_asked_by_its_template(tmp_path):
+  tokenizer = Tokenizer.train_byte_level_bpe(
+      ["Hi Ho"], 280, tokenizer_config.CHAT_TOKENS,
+      tokenizer_config.CHAT_TEMPLATE,
+  )
+  place = saved_policy(tmp_path, tokenizer)
+  flags = ["--prompts=Hi", "--max_completion_length=4", f"--policies={place}"]
+  done = tiny.sample(*flags, "--chat_template=tokenizer")
+  assert done.returncode == 0 and f"[{place}]" in done.stdout, done.stderr
+  # As long as the model reads it would be without the template.
+  longest = SHAPE.max_length - 4
+  done = tiny.sample(
+      f"--prompts={'?' * (longest - 6)}", *flags[1:],
+      "--chat_template=tokenizer",
+  )
+  tiny.assert_one_message(done, "is too short for a prompt")
+
+
 def test_a_chat_template_and_all_ends_travel_along(tmp_path):
   import transformers
 

@@ -327,6 +327,14 @@ def test_open_assistants_trees_are_rankings(reader, tmp_path):
   )
 
 
+@pytest.mark.parametrize("what", ["documents", "demonstrations", "prompts"])
+def test_no_text_can_mark_a_special_token(reader, tmp_path, what):
+  path = tmp_path / "text.txt"
+  path.write_text("a\n\nb \0<eos>\0 c")
+  with pytest.raises(ReadError, match="text.txt: NUL character at 5"):
+    getattr(reader, what)(source(f"text:{path}", use="all"), "train")
+
+
 def talk(*texts):
   roles = ("user", "assistant")
   return [

@@ -54,6 +54,21 @@ ADAPTERS = {
         "opt",
         dict(r=2, lora_alpha=6, target_modules=["out_proj", "fc1", "k_proj"]),
     ),
+    "phi3": (
+        "phi3",
+        dict(
+            r=2,
+            lora_alpha=6,
+            target_modules=["qkv_proj", "o_proj", "gate_up_proj"],
+        ),
+    ),
+    "gemma2": (
+        "gemma2", dict(r=2, lora_alpha=6, target_modules="all-linear")
+    ),
+    "mixtral": (
+        "mixtral",
+        dict(r=2, lora_alpha=6, target_modules=["q_proj", "o_proj"]),
+    ),
     "qwen3": ("qwen3", dict(r=1, lora_alpha=2, target_modules="all-linear")),
 }
 # Small, and with what is special: fused and interleaved projections.

@@ -152,6 +152,8 @@ def _random_adapter(base, config, seed=0):
         ("gpt_neox", ("all-linear",)),
         ("gpt_neox", ("attention/(key|out)",)),
         ("opt", ("attention/out", "feed_forward/.*")),
+        ("phi3", ("attention/(key|value)", "feed_forward/(up|down)")),
+        ("mixtral", ("all-linear",)),
     ],
 )
 def test_ours_gives_the_same_logits_under_peft(

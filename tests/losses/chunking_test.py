@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import sharding
 from rlhf_jax.losses import chunking, kl, masking
 from rlhf_jax.losses import language_modeling as lm
 from tests.losses import ragged
@@ -125,6 +126,36 @@ def test_chunks_without_a_real_position_are_passed_over():
   jax.effects_barrier()
   np.testing.assert_array_equal(out, mask)
   assert len(calls) == 2
+
+
+def test_devices_change_nothing_and_gather_no_rows():
+  rows, positions = 16, 20
+  mask = np.random.default_rng(0).random((rows, positions)) < 0.3
+  ids = np.random.default_rng(1).integers(0, V, (rows, positions))
+  batch = (
+      _draw(0, rows, positions, D),
+      jnp.asarray(ids, jnp.int32),
+      jnp.asarray(mask, jnp.int32),
+  )
+
+  @jax.jit
+  @functools.partial(jax.value_and_grad, argnums=(0, 1))
+  def loss(kernel, hidden, ids, mask):
+    measure = lambda hidden, ids: lm.cross_entropy_loss(hidden @ kernel, ids)
+    return chunking.map_positions(
+        measure, (hidden, ids), mask, chunk_size=7
+    ).sum()
+
+  kernel = _draw(2, D, V)
+  mesh = sharding.make_mesh(8)
+  args = (sharding.replicate(kernel, mesh), *sharding.shard_rows(batch, mesh))
+  compiled = loss.lower(*args).compile()
+  jax.tree.map(
+      functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),
+      compiled(*args),
+      loss(kernel, *batch),
+  )
+  assert "all-gather" not in compiled.as_text()
 
 
 @pytest.mark.parametrize("chunk_size", [16, 64])

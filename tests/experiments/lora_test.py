@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from experiments import export, ppo, reward, sft
-from experiments.harness import adapters, cli, models, preflight
+from experiments.harness import adapters, cli, models, preflight, value_network
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax.models import functions, lora
 from rlhf_jax.models.families.hf_config import FamilyError
@@ -218,7 +218,9 @@ def _ppo_start(finished_run, **changes):
   config = from_config(ppo.Config, settings)
   policy = models.load_policy(config.init_from)
   reward_model = models.load_reward_model(config.reward_model)
-  started = ppo.init_params(config, policy, reward_model, jax.random.key(0))
+  started = value_network.init_params(
+      config, policy, reward_model, jax.random.key(0)
+  )
   return policy, reward_model, *started
 
 

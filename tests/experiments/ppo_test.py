@@ -9,7 +9,7 @@ import pytest
 
 from configs import ppo as ppo_config
 from experiments import ppo
-from experiments.harness import models
+from experiments.harness import models, value_network
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
@@ -44,7 +44,9 @@ def start(reward_model=REWARD_MODEL, **changes):
   settings = ppo_config.get_config("smoke")
   settings.update(changes)
   config = from_config(ppo.Config, settings)
-  return ppo.init_value(config, POLICY, reward_model, jax.random.key(0))
+  return value_network.init_value(
+      config, POLICY, reward_model, jax.random.key(0)
+  )
 
 
 def values_of(value_config, params) -> np.ndarray:

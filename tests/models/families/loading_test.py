@@ -1,10 +1,13 @@
 """What loading costs in memory, and where the parameters go."""
 
+import glob
 import json
 import os
 import subprocess
 import sys
+import types
 
+from etils import epath
 import jax
 import numpy as np
 import pytest
@@ -100,3 +103,34 @@ def test_parameters_go_straight_to_their_sharded_places(name):
     ), (key, leaf.sharding)
     half = leaf.addressable_shards[0].data
     assert half.size * 2 == leaf.size, key
+
+
+def test_folders_in_a_bucket_are_read_and_written(tmp_path):
+  # No bucket is there: etils is told to look for gs:// in a local folder.
+  place = lambda path: str(path).replace("gs://bucket", str(tmp_path))
+  on_disk = lambda fn: lambda _, path, *args, **options: fn(
+      place(path), *args, **options
+  )
+  written = huggingface.load_folder(hf_models.GOLDEN / "llama")
+  with epath.testing.mock_epath(
+      open=on_disk(open),
+      exists=on_disk(os.path.exists),
+      isdir=on_disk(os.path.isdir),
+      listdir=on_disk(os.listdir),
+      makedirs=on_disk(os.makedirs),
+      mkdir=on_disk(os.mkdir),
+      stat=lambda _, path: types.SimpleNamespace(
+          length=os.path.getsize(place(path))
+      ),
+      glob=on_disk(glob.glob),
+      rename=lambda _, a, b: os.rename(place(a), place(b)),
+      replace=lambda _, a, b: os.replace(place(a), place(b)),
+      remove=on_disk(os.remove),
+  ):
+    huggingface.save_folder(
+        "gs://bucket/model", written.config, written.params, family="llama"
+    )
+    loaded = huggingface.load_folder("gs://bucket/model")
+  assert (tmp_path / "model" / "config.json").exists()
+  assert loaded.config == written.config
+  jax.tree.map(np.testing.assert_array_equal, loaded.params, written.params)

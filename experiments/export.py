@@ -19,12 +19,11 @@ reference policy's standard deviation: its gain goes into the head, its bias,
 for which the layout has no place, is dropped and told.
 """
 
-import pathlib
-
 from absl import app, flags, logging
+from etils import epath
 import jax
 
-from experiments.harness import adapters, cli, models, stage
+from experiments.harness import adapters, buckets, cli, models, stage
 from rlhf_jax.models.families import huggingface, peft_export, peft_modules
 
 _MODEL = flags.DEFINE_string("model", None, "The place of a model.")
@@ -58,7 +57,7 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
     cli.UserError: the folder holds a model already.
     huggingface.FamilyError: the family cannot express it.
   """
-  if (pathlib.Path(folder) / "config.json").exists():
+  if (epath.Path(folder) / "config.json").exists():
     raise cli.UserError(f"--to={folder}: holds a model already")
   if kind == "policy":
     model = models.load_policy(place)
@@ -68,7 +67,8 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
     params = _with_gain(model)
   tokenizer = model.tokenizer
   # config.json comes last: a folder without it is not taken for a whole one.
-  tokenizer.export(folder)
+  with buckets.local_output(folder) as local:
+    tokenizer.export(local)
   if kind == "reward_model" and not tokenizer.pad_is_safe:
     logging.warning(
         "export: the tokenizer has no token for padding alone, by which "
@@ -101,7 +101,7 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
     FileNotFoundError: the stage trained no adapter.
     huggingface.FamilyError: the family has no such projections.
   """
-  if (pathlib.Path(folder) / peft_modules.CONFIG_FILE).exists():
+  if (epath.Path(folder) / peft_modules.CONFIG_FILE).exists():
     raise cli.UserError(f"--to={folder}: holds an adapter already")
   adapter = adapters.load(place)
   if kind != "policy" or adapter.head is not None:

@@ -6,12 +6,12 @@
 A place is such a stage folder; `FOLDER@STEP`, `FOLDER@last` or `FOLDER@best`
 (by the stage's `loop.best_metric`) for the policy in one of its checkpoints,
 also of a stage that has not ended; `hf:FOLDER` for a model in Hugging Face's
-layout, with its tokenizer; `peft:ADAPTER:hf:FOLDER` for such a model with a
-LoRA adapter in the layout of the package `peft` merged into it; or
-`llama2c:MODEL.bin:TOKENIZER.model` for a model in llama2.c's format with its
-sentencepiece tokenizer. `${NAME}` in a place or
-source stands for an environment variable, `@run/` for the folder that holds a
-run's stages.
+layout, with its tokenizer, also in a bucket (`hf:gs://...`);
+`peft:ADAPTER:hf:FOLDER` for such a model with a LoRA adapter in the layout of
+the package `peft` merged into it; or `llama2c:MODEL.bin:TOKENIZER.model` for a
+model in llama2.c's format with its sentencepiece tokenizer. `${NAME}` in a
+place or source stands for an environment variable, `@run/` for the folder that
+holds a run's stages.
 """
 
 import dataclasses
@@ -23,6 +23,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from experiments.harness import buckets
 from experiments.harness import compute as compute_lib
 from experiments.harness import config as config_lib
 from experiments.harness.compute import ComputeConfig
@@ -139,7 +140,7 @@ def load_tokenizer(place: str) -> Tokenizer:
   if match := PEFT.fullmatch(place):
     place = match[2]
   if place.startswith(HUGGING_FACE):
-    return Tokenizer.from_pretrained_folder(place.removeprefix(HUGGING_FACE))
+    return _tokenizer_of(place.removeprefix(HUGGING_FACE))
   match = CHECKPOINT.fullmatch(place)
   stage = pathlib.Path(match[1] if match else place)
   if (stage / "tokenizer").is_dir():
@@ -288,10 +289,15 @@ def _load_hugging_face(place: str, kind: str):
   folder = place.removeprefix(HUGGING_FACE)
   loaded = huggingface.load_folder(folder)
   _check_kind(place, loaded.kind, kind)
-  tokenizer = Tokenizer.from_pretrained_folder(folder)
+  tokenizer = _tokenizer_of(folder)
   _check_vocabulary(place, loaded.config, tokenizer)
   # Their scores are what they are.
   return loaded.config, loaded.params, tokenizer, {"gain": 1.0, "bias": 0.0}
+
+
+def _tokenizer_of(folder: str) -> Tokenizer:
+  with buckets.local_copy(folder) as local:
+    return Tokenizer.from_pretrained_folder(local)
 
 
 def _check_kind(place: str, found: str, wanted: str) -> None:

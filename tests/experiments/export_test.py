@@ -20,7 +20,7 @@ from rlhf_jax.models.families import huggingface
 from rlhf_jax.models.heads import ScalarModel
 from rlhf_jax.types import ScoreNormalization
 from tests.experiments import tiny
-from tests.models.families import hf_models
+from tests.models.families import bucket, hf_models
 from tests.models.small import random_params, small_config
 
 
@@ -40,6 +40,23 @@ def test_a_trained_policy_comes_back_bitwise_with_its_tokenizer(
   assert config["eos_token_id"] == ours.tokenizer.eos_id
   with pytest.raises(cli.UserError, match="holds a model already"):
     export.export(str(finished_run / "ppo"), "llama", str(folder), "policy")
+
+
+def test_a_bucket_holds_a_model_with_its_tokenizer(finished_run, tmp_path):
+  with bucket.mocked(tmp_path):
+    export.export(
+        str(finished_run / "sft"), "llama", "gs://bucket/out", "policy"
+    )
+    with pytest.raises(cli.UserError, match="holds a model already"):
+      export.export(
+          str(finished_run / "sft"), "llama", "gs://bucket/out", "policy"
+      )
+    back = models.load_policy("hf:gs://bucket/out")
+    with pytest.raises(FileNotFoundError, match="gs://bucket/none"):
+      models.load_tokenizer("hf:gs://bucket/none")
+  ours = models.load_policy(str(finished_run / "sft"))
+  jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
+  assert back.tokenizer.encode("a cat\n") == ours.tokenizer.encode("a cat\n")
 
 
 def test_a_reward_model_keeps_the_differences_of_its_scores(

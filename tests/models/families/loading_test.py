@@ -1,20 +1,17 @@
 """What loading costs in memory, and where the parameters go."""
 
-import glob
 import json
 import os
 import subprocess
 import sys
-import types
 
-from etils import epath
 import jax
 import numpy as np
 import pytest
 
 from rlhf_jax.models.families import huggingface
 from rlhf_jax.models.transformer_config import TransformerConfig
-from tests.models.families import hf_models, load_memory
+from tests.models.families import bucket, hf_models, load_memory
 
 needs_linux = pytest.mark.skipif(
     not os.path.exists("/proc/self/clear_refs"),
@@ -106,27 +103,8 @@ def test_parameters_go_straight_to_their_sharded_places(name):
 
 
 def test_folders_in_a_bucket_are_read_and_written(tmp_path):
-  # No bucket is there: etils is told to look for gs:// in a local folder.
-  place = lambda path: str(path).replace("gs://bucket", str(tmp_path))
-  on_disk = lambda fn: lambda _, path, *args, **options: fn(
-      place(path), *args, **options
-  )
   written = huggingface.load_folder(hf_models.GOLDEN / "llama")
-  with epath.testing.mock_epath(
-      open=on_disk(open),
-      exists=on_disk(os.path.exists),
-      isdir=on_disk(os.path.isdir),
-      listdir=on_disk(os.listdir),
-      makedirs=on_disk(os.makedirs),
-      mkdir=on_disk(os.mkdir),
-      stat=lambda _, path: types.SimpleNamespace(
-          length=os.path.getsize(place(path))
-      ),
-      glob=on_disk(glob.glob),
-      rename=lambda _, a, b: os.rename(place(a), place(b)),
-      replace=lambda _, a, b: os.replace(place(a), place(b)),
-      remove=on_disk(os.remove),
-  ):
+  with bucket.mocked(tmp_path):
     huggingface.save_folder(
         "gs://bucket/model", written.config, written.params, family="llama"
     )

@@ -21,6 +21,9 @@ reward model from film sentences, positive preferred to negative; PPO that makes
 continuations of stories happier; judged by a second reward model, trained from
 the base model on other sentences, that PPO never sees.
 
+:lora is the whole pipeline with adapters of rank 8 in SFT, reward model and PPO,
+at three times the learning rates.
+
 Each takes a seed: configs/rlhf.py:full,seed=3.
 """
 
@@ -39,9 +42,11 @@ from configs import (
 
 
 def get_config(arg: str = common.FULL) -> ConfigDict:
-  """full, smoke, hacking or stories; with a seed or 0."""
+  """full, smoke, hacking, lora or stories; with a seed or 0."""
   arg, seed = common.parse_seed(arg)
-  common.check_arg(arg, common.FULL, common.SMOKE, "hacking", "stories")
+  common.check_arg(
+      arg, common.FULL, common.SMOKE, "hacking", "lora", "stories"
+  )
   if arg == "stories":
     config = stories.get_config()
   else:
@@ -53,13 +58,27 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
             preferences=preferences.get_config(size),
             reward=reward.get_config(size),
             judge=None,
-            ppo=ppo.get_config(arg),
+            ppo=ppo.get_config("hacking" if arg == "hacking" else size),
             evaluate=evaluate.get_config(size),
         )
     )
     if arg == "hacking":
       config.evaluate.kl_target = 0.0
+    if arg == "lora":
+      _adapted(config)
   return ConfigDict(_in_run(_seeded(config.to_dict(), seed)))
+
+
+def _adapted(config: ConfigDict) -> None:
+  """Adapters where there were weights; they take larger steps."""
+  for stage in (config.sft, config.reward, config.ppo):
+    stage.lora = common.lora(rank=8)
+  for optimizer in (
+      config.sft.train.optimizer,
+      config.reward.optimizer,
+      config.ppo.optimizer,
+  ):
+    optimizer.learning_rate *= 3
 
 
 def _seeded(value, seed: int):

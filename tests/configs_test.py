@@ -28,7 +28,7 @@ ARGS = {
     "reward": ("full", "smoke", "ranking", "hh"),
     "ppo": ("full", "smoke", "hacking"),
     "evaluate": ("full", "smoke"),
-    "rlhf": ("full", "smoke", "hacking", "stories"),
+    "rlhf": ("full", "smoke", "hacking", "lora", "stories"),
 }
 # Which binary reads a config file that is not named after it.
 BINARY = {"stories": None, "common": None, "own": None}

@@ -3,8 +3,9 @@
   demonstration  {prompt, completion} or {messages: [{role, content}, ...]}
   comparison     {prompt, chosen, rejected, annotator?, source?, weight?,
                  margin?}, or {chosen, rejected} as whole transcripts or as
-                 whole conversations: lists of messages, which may go on from
-                 those in prompt
+                 conversations: lists of messages, which go on from those in
+                 prompt or say them again; a text in prompt is what the user
+                 says first
   ranking        {prompt, completions, ranks, annotator?, source?, weight?};
                  a smaller rank is better, equal ranks are ties
   rating         {prompt, completion, score}
@@ -220,15 +221,16 @@ def _compared_chats(
     obj: dict, template: chat.Template
 ) -> tuple[str, str, str]:
   """Prompt, chosen and rejected of two conversations that part at the end."""
-  start = []
-  # A prompt that is text is what their first message says again.
-  if "prompt" in obj and isinstance(obj["prompt"], list):
-    start = _messages(obj["prompt"], "prompt")
   sides = {}
   for field in ("chosen", "rejected"):
     if field not in obj:
       raise RecordError(field, "missing")
-    sides[field] = start + _messages(obj[field], field)
+    sides[field] = _messages(obj[field], field)
+  if "prompt" in obj:
+    sides = {
+        field: _with_prompt(obj, field, messages)
+        for field, messages in sides.items()
+    }
   if sides["chosen"] == sides["rejected"]:
     raise RecordError("rejected", "is identical to chosen")
   if sides["chosen"][:-1] != sides["rejected"][:-1]:
@@ -250,6 +252,33 @@ def _compared_chats(
         "rejected", "the chat template writes another prompt for it"
     )
   return prompts["chosen"], spans["chosen"][-1][0], spans["rejected"][-1][0]
+
+
+def _with_prompt(
+    obj: dict, field: str, messages: list[dict[str, str]]
+) -> list[dict[str, str]]:
+  """The whole conversation of a side and of the prompt beside it."""
+  goes_on = messages[0]["role"] == "assistant"
+  if isinstance(obj["prompt"], list):
+    start = _messages(obj["prompt"], "prompt")
+    if messages[: len(start)] == start:
+      return messages
+    if goes_on or messages[0]["role"] != start[-1]["role"]:
+      return start + messages
+    raise RecordError(
+        "prompt", f"{field} neither goes on from its messages nor begins with"
+        " them",
+    )
+  text = fields.text(obj, "prompt")
+  if goes_on:
+    return [{"role": "user", "content": text}, *messages]
+  said = next((m["content"] for m in messages if m["role"] == "user"), "")
+  if text.strip() != said.strip():
+    raise RecordError(
+        "prompt", f"is not what the user says first in {field}; leave it out if"
+        " that is the whole conversation",
+    )
+  return messages
 
 
 def split_transcripts(chosen: str, rejected: str) -> tuple[str, str, str]:
@@ -334,6 +363,8 @@ def _rating(obj: dict) -> Rating:
 def _prompt(obj: dict, template: chat.Template) -> Prompt:
   if "messages" not in obj:
     return Prompt(prompt=fields.text(obj, "prompt"))
+  if "prompt" in obj:
+    raise RecordError("messages", "give either messages or prompt")
   messages = _messages(obj["messages"], "messages")
   if messages[-1]["role"] == "assistant" and len(messages) > 1:
     messages.pop()  # a demonstration's file serves as a file of prompts

@@ -88,6 +88,7 @@ HEAD = "\n\nHuman: a\n\nAssistant:"
     ("demonstration", {"messages": ["hi"]}, "messages[0]", "a string"),
     ("demonstration", {"messages": MESSAGES, "prompt": "x"}, "messages",
      "either"),
+    ("prompt", {"messages": MESSAGES, "prompt": "x"}, "messages", "either"),
 ])
 def test_bad_records_name_field_and_reason(kind, obj, field, reason):
   with pytest.raises(RecordError) as caught:
@@ -144,7 +145,41 @@ def test_conversations_are_compared_by_their_last_answers():
   )
 
 
+BE_KIND = {"role": "system", "content": "Be kind."}
+
+
+@pytest.mark.parametrize("prompt, start, head", [
+    ("Hi", [], ""),
+    (" Hi\n", [SAID], ""),
+    ("Hi", [BE_KIND, SAID], "Be kind."),
+    ([SAID], [], ""),
+    ([SAID], [SAID], ""),
+    ([BE_KIND], [SAID], "Be kind."),
+    ([BE_KIND, SAID], [], "Be kind."),
+    ([BE_KIND, SAID], [BE_KIND, SAID], "Be kind."),
+])
+def test_the_prompt_beside_conversations_is_said_once(prompt, start, head):
+  obj = {"prompt": prompt} | {
+      field: [*start, answer]
+      for field, answer in zip(("chosen", "rejected"), ANSWERS, strict=True)
+  }
+  found = records.validate_record("comparison", obj, "hh")
+  assert found == records.Comparison(
+      head + "\n\nHuman: Hi\n\nAssistant:", " Yes", " No"
+  )
+
+
 @pytest.mark.parametrize("obj, field, reason", [
+    ({"prompt": "Ho", "chosen": [SAID, ANSWERS[0]],
+      "rejected": [SAID, ANSWERS[1]]}, "prompt", "not what the user says"),
+    ({"prompt": "Hi", "chosen": [BE_KIND, ANSWERS[0]],
+      "rejected": [BE_KIND, ANSWERS[1]]}, "prompt", "not what the user says"),
+    ({"prompt": " ", "chosen": ANSWERS[:1], "rejected": ANSWERS[1:]},
+     "prompt", "is empty"),
+    ({"prompt": 3, "chosen": ANSWERS[:1], "rejected": ANSWERS[1:]},
+     "prompt", "an integer"),
+    ({"prompt": [SAID | {"content": "Ho"}], "chosen": [SAID, ANSWERS[0]],
+      "rejected": [SAID, ANSWERS[1]]}, "prompt", "neither goes on"),
     ({"chosen": [SAID, ANSWERS[0]]}, "rejected", "missing"),
     ({"chosen": [SAID, ANSWERS[0]], "rejected": "No"}, "rejected", "a list of"),
     ({"chosen": [SAID], "rejected": [SAID | {"content": "x"}]}, "chosen",

@@ -12,7 +12,8 @@ end is never guessed from the text. There are two ways to know:
   cannot be split so, and is refused.
 
 Special tokens that the template writes are marked in the text, and those that
-people spell in messages are not (see `special_tokens`).
+people spell in messages are not (see `special_tokens`). Every text of a
+template that writes any has `special_tokens.RENDERED` in front.
 """
 
 from collections.abc import Sequence
@@ -25,7 +26,7 @@ import re
 import jinja2
 
 from rlhf_jax.data import special_tokens
-from rlhf_jax.data.special_tokens import MARK, Marker
+from rlhf_jax.data.special_tokens import MARK, RENDERED, Marker
 
 ROLES = ("system", "user", "assistant")
 OWN = "tokenizer"
@@ -55,8 +56,12 @@ Span = tuple[str, bool]
 Messages = Sequence[dict[str, str]]
 
 _GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")
-# What a template is told that `end_of_turn` looks for.
 _SOME_ANSWER = "Nine lives."
+# What a template is told to see what it writes.
+_TALK = (
+    {"role": "user", "content": "Why?"},
+    {"role": "assistant", "content": _SOME_ANSWER},
+)
 
 
 class ChatTemplateError(ValueError):
@@ -88,6 +93,23 @@ class Template:
   def error(self, what: object) -> ChatTemplateError:
     """An error that names the template."""
     return ChatTemplateError(f"chat template {self.name}: {what}")
+
+  @functools.cached_property
+  def front(self) -> str:
+    """`RENDERED` if it writes special tokens in some conversation, else ''."""
+    if self.source in TEMPLATES.values():
+      return ""
+    names = {"bos_token": self.bos_token, "eos_token": self.eos_token}
+    spelled = self.source + "".join(
+        token for name, token in names.items() if name in self.source
+    )
+    if any(token in spelled for token in self.special_tokens):
+      return RENDERED
+    # It may put them together: '<|' + role + '|>'.
+    try:
+      return RENDERED if MARK in self.render(_TALK, False) else ""
+    except ChatTemplateError:
+      return ""
 
   @functools.cached_property
   def _marker(self) -> Marker:
@@ -227,6 +249,8 @@ def render_spans(
       spans.append((piece, trained))
   if len(spans) > 1 and _only_closes(spans[-2:]):
     spans.pop()
+  if spans:
+    spans[0] = (template.front + spans[0][0], spans[0][1])
   return tuple(spans)
 
 
@@ -252,17 +276,13 @@ def render_prompt(messages: Messages, chat_template: str | Template) -> str:
   template = make_template(chat_template)
   text = template.render(messages, True)
   _check_nothing_left_out(messages, special_tokens.unmarked(text), template)
-  return text
+  return template.front + text
 
 
 def end_of_turn(template: Template) -> str | None:
   """The special token that ends the assistant's turns, if there is one."""
-  talk = [
-      {"role": "user", "content": "Why?"},
-      {"role": "assistant", "content": _SOME_ANSWER},
-  ]
   try:
-    text = template.render(talk, False)
+    text = template.render(_TALK, False)
   except ChatTemplateError:
     return None
   after = text.rpartition(_SOME_ANSWER)[2]

@@ -4,7 +4,7 @@ Layout of a sequence: bos (if asked for and known), prompt, completion, eos. The
 prompt and the completion are tokenized apart, so that the boundary between them
 is a token boundary in training as it is when a model samples.
 
-There is one bos and one end. A text in which a chat template placed special
+There is one bos and one end. A text of a chat template that writes special
 tokens says itself whether it starts with bos, and one that ends with an end
 token gets no other. A prompt from a file that spells the start token at its
 beginning has it from here, once.
@@ -18,6 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rlhf_jax.data import special_tokens
 from rlhf_jax.data.lengths import (
     DOCUMENT_POLICIES,
     RECORD_POLICIES,
@@ -26,7 +27,6 @@ from rlhf_jax.data.lengths import (
     Lengths,
 )
 from rlhf_jax.data.records import Comparison, Demonstration, Ranking
-from rlhf_jax.data.special_tokens import MARK
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import PreferenceBatch, PromptBatch, RankingBatch
 
@@ -320,7 +320,7 @@ def _encode(
   rows = [_without_spelled_bos(row, start, add_bos) for row in rows]
   found = []
   for row, ids in zip(rows, tokenizer.encode_rows(rows), strict=True):
-    is_rendered = any(MARK in text for text in row)
+    is_rendered = special_tokens.is_rendered(row)
     bos = _bos(tokenizer, add_bos and not is_rendered)
     first = next((x for x in ids if x), [])
     if is_rendered and first[:1] == [tokenizer.bos_id]:

@@ -4,7 +4,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from rlhf_jax.data import special_tokens
-from rlhf_jax.data.special_tokens import MARK, TokenizerError, mark
+from rlhf_jax.data.special_tokens import (
+    MARK,
+    RENDERED,
+    TokenizerError,
+    mark,
+)
 from rlhf_jax.data.tokenizer_backends import FastBackend, SentencePieceBackend
 
 
@@ -14,6 +19,8 @@ def encode_rows(
     rows: Sequence[Sequence[str]],
 ) -> list[list[list[int]]]:
   """What `Tokenizer.encode_rows` says."""
+  # In front of the row's text, which need not be its first that is not empty.
+  rows = [[text.removeprefix(RENDERED) for text in row] for row in rows]
   result = [[[] for _ in row] for row in rows]
   ordinary = {False: [], True: []}
   marked = []

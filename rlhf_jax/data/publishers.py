@@ -1,12 +1,13 @@
 """Reads public data sets from the files that their publishers ship."""
 
+import dataclasses
 import hashlib
 import os
 import pathlib
 import random
 import zipfile
 
-from rlhf_jax.data import chat, readers, records
+from rlhf_jax.data import chat, readers, records, special_tokens
 from rlhf_jax.data.records import (
     Comparison,
     Demonstration,
@@ -97,11 +98,14 @@ def _tree_rankings(
         if reply.get("rank") is not None and not reply["deleted"]
     ]
     if role == "user" and len(ranked) > 1:
-      found.append(records.validate_record("ranking", {
-          "prompt": chat.render_prompt(messages, chat_template),
+      prompt = chat.render_prompt(messages, chat_template)
+      ranking = records.validate_record("ranking", {
+          "prompt": special_tokens.unmarked(prompt),
           "completions": [f" {reply['text']}" for reply in ranked],
           "ranks": [reply["rank"] for reply in ranked],
-      }))
+      })
+      # The marks of special tokens are nothing that a file may hold.
+      found.append(dataclasses.replace(ranking, prompt=prompt))
   return found
 
 

@@ -3,7 +3,10 @@
 **In text.** What a user types is text, whatever it spells: "<eos>" is five
 characters. What a chat template writes is not: its "<|im_end|>" is a token.
 Text therefore marks a special token by NUL characters around it, which no
-record may hold, and only `Tokenizer.encode_rows` reads such marks.
+record may hold, and only `Tokenizer.encode_rows` reads such marks. What was
+rendered by a template that writes special tokens has `RENDERED` in front, even
+where there is none in this text: such a template writes the start token or
+wants none, and its prompts must begin as its answered conversations do.
 
 **Ends.** A tokenizer has an end-of-sequence token, `eos_id`, which training
 puts behind completions. A model may end with others too: generation_config.json
@@ -17,7 +20,7 @@ or the start token is passed over, because elsewhere masks are guessed from ids:
 only what never occurs in a row (`pad_is_safe`) is written for other programs.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 import json
 import logging
 import pathlib
@@ -25,6 +28,8 @@ import re
 from typing import Any
 
 MARK = "\0"
+# No token: none has an empty text.
+RENDERED = MARK + MARK
 GENERATION_CONFIG = "generation_config.json"
 
 _MARKED = re.compile(f"{MARK}([^{MARK}]+){MARK}")
@@ -49,6 +54,11 @@ def mark(token: str) -> str:
 def unmarked(text: str) -> str:
   """Text with its special tokens spelled, for people."""
   return text.replace(MARK, "")
+
+
+def is_rendered(row: Sequence[str]) -> bool:
+  """Whether a template that writes special tokens made a row of texts."""
+  return any(MARK in text for text in row)
 
 
 def without_marked(text: str) -> str:

@@ -104,6 +104,68 @@ def test_bos_comes_once_whoever_writes_it(template, starts):
   assert batch.prompts[0][0] == BOS or not starts
 
 
+ANSWER_ENDS = (
+    "{% for m in messages %}{{ '<|' + m.role + '|>\n' + m.content }}"
+    "{% if m.role == 'assistant' %}{{ eos_token }}{% endif %}{{ '\n' }}"
+    "{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\n' }}{% endif %}"
+)
+TURNS = [
+    {"role": "user", "content": "a"}, {"role": "assistant", "content": "b"},
+    {"role": "user", "content": "<bos>c"},
+    {"role": "assistant", "content": "d"},
+]
+
+
+def prompt_ids(messages, template) -> list[int]:
+  record = validate_record("prompt", {"messages": messages}, template)
+  batch, _ = encoding.encode_prompts(
+      [record], CHAT, max_prompt_length=99, policy="error"
+  )
+  return real(batch.prompts[0], batch.prompt_mask[0])
+
+
+@pytest.mark.parametrize("template", [
+    ANSWER_ENDS,
+    # No token is spelled in the template.
+    ANSWER_ENDS.replace("eos_token", "'<' + 'eos' + '>'"),
+    "{{ bos_token }}" + ANSWER_ENDS,
+])
+def test_all_rows_of_a_template_begin_as_transformers_begins_them(
+    tmp_path, template
+):
+  import transformers
+
+  CHAT.export(tmp_path)
+  theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+  # Theirs reads what people spell: "<bos>" of a message is compared as text.
+  said = [x | {"content": x["content"].replace("<bos>", "")} for x in TURNS]
+  wanted = lambda messages, **kwargs: theirs.apply_chat_template(
+      messages, chat_template=template, return_dict=False, **kwargs
+  )
+  ours = CHAT.template(template)
+  for end in (1, 3):
+    ids = prompt_ids(said[:end], ours)
+    assert ids == wanted(said[:end], add_generation_prompt=True)
+    pair = {"chosen": said[:end + 1], "rejected": said[:end] + [
+        {"role": "assistant", "content": "a"}
+    ]}
+    batch, _ = encoding.encode_comparisons(
+        [validate_record("comparison", pair, ours)], CHAT,
+        max_prompt_length=99, max_completion_length=9, policy="error",
+    )
+    for side, messages in enumerate(pair.values()):
+      row = real(batch.tokens[0, side], batch.attention_mask[0, side])
+      assert row == wanted(messages)[:-1]  # no line break at its end
+    (example,), _ = encoding.encode_demonstrations(
+        [validate_record("demonstration", {"messages": pair["chosen"]}, ours)],
+        CHAT, max_length=99, policy="error", train_on_prompt=False,
+    )
+    assert example[0] == wanted(pair["chosen"])[:-1]
+    assert prompt_ids(TURNS[:end], ours)[:1] == ids[:1]
+  assert prompt_ids(said[:1], CHAT.template("hh"))[0] == BOS
+
+
 @pytest.mark.parametrize("prompt", ["ab", "<bos>ab"])
 def test_a_prompt_that_spells_bos_at_its_beginning_has_it_once(prompt):
   wanted = [BOS, *TOKENIZER.encode("ab")]

@@ -9,8 +9,10 @@ import zipfile
 import pytest
 
 from experiments.harness import models, sources
+from rlhf_jax.data import chat, publishers
 from rlhf_jax.data.readers import ReadError
 from rlhf_jax.data.records import Comparison, Prompt, Ranking
+from rlhf_jax.data.special_tokens import RENDERED, mark
 
 
 @pytest.fixture
@@ -325,6 +327,12 @@ def test_open_assistants_trees_are_rankings(reader, tmp_path):
   assert train[0] == Ranking(
       "\n\nHuman: q1\n\nAssistant:", (" bad", " good"), (1, 0)
   )
+  marking = chat.Template(
+      "{% for m in messages %}{{ m.content + eos_token }}{% endfor %}",
+      "of the test", eos_token="<eos>", special_tokens=("<eos>",),
+  )
+  found = publishers.read_oasst(path, chat_template=marking)
+  assert found[1].prompt == RENDERED + "q1" + mark("<eos>")
 
 
 @pytest.mark.parametrize("what", ["documents", "demonstrations", "prompts"])

@@ -25,7 +25,7 @@ import re
 
 import jinja2
 
-from rlhf_jax.data import special_tokens
+from rlhf_jax.data import generation_prompts, special_tokens
 from rlhf_jax.data.special_tokens import MARK, RENDERED, Marker
 
 ROLES = ("system", "user", "assistant")
@@ -231,12 +231,14 @@ def render_spans(
     chat_template: a `Template`, or what `find` takes.
 
   Raises:
-    ChatTemplateError: see above, or a message is not in the text.
+    ChatTemplateError: see above, or a message is not in the text, or what
+      stands before an answer is no prompt (see `generation_prompts`).
   """
   template = make_template(chat_template)
   if template.has_generation_marks:
     parts = template.render_parts(messages)
     _check_blocks(messages, parts, template)
+    generation_prompts.check_rows(messages, parts, template)
   else:
     parts = _prefix_differences(messages, template)
   text = special_tokens.unmarked("".join(text for text, _ in parts))
@@ -271,12 +273,19 @@ def render_prompt(messages: Messages, chat_template: str | Template) -> str:
   """The text that the assistant's next words follow.
 
   Raises:
-    ChatTemplateError: the template refuses, or leaves a message out.
+    ChatTemplateError: the template refuses, or leaves a message out, or the
+      assistant's header (see `generation_prompts`).
   """
   template = make_template(chat_template)
+  _check_prompts(template)
   text = template.render(messages, True)
   _check_nothing_left_out(messages, special_tokens.unmarked(text), template)
   return template.front + text
+
+
+@functools.lru_cache(maxsize=16)
+def _check_prompts(template: Template) -> None:
+  generation_prompts.check_template(template)
 
 
 def end_of_turn(template: Template) -> str | None:
@@ -292,6 +301,7 @@ def end_of_turn(template: Template) -> str | None:
 
 def _prefix_differences(messages: Messages, template: Template) -> list[Span]:
   """Spans by rendering the conversation up to each of the assistant's turns."""
+  _check_prompts(template)
   parts: list[Span] = []
   before = ""
   for index, message in enumerate(messages):

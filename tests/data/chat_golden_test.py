@@ -238,7 +238,7 @@ def test_a_system_message_is_refused_by_its_template(tokenizers, name):
      "0 generation blocks for 2 answers"),
     (lambda x: re.sub(r"{% (end)?generation %}", "", x).replace(
         "{% if add_generation_prompt %}", "{% if false %}"),
-     "stands before the assistant's words and not at the end of the prompt"),
+     "stands before an answer and .* at the end of the prompt"),
 ])
 def test_a_template_that_masks_wrongly_is_refused(tokenizers, change, message):
   tokenizer = tokenizers["qwen2", True]
@@ -248,6 +248,40 @@ def test_a_template_that_masks_wrongly_is_refused(tokenizers, change, message):
     chat.render_spans(
         conversation("qwen2", "long"), tokenizer.template(source)
     )
+
+
+@pytest.mark.parametrize("name", ["qwen2", "llama3", "gemma", "phi3", "olmo2"])
+@pytest.mark.parametrize("marks", [False, True])
+@pytest.mark.parametrize("render, end", [
+    (chat.render_spans, None), (chat.render_prompt, 1),
+])
+def test_a_template_without_a_generation_prompt_is_refused(
+    tokenizers, name, marks, render, end
+):
+  tokenizer = tokenizers[name, marks]
+  source = tokenizer.chat_template.replace("add_generation_prompt", "false")
+  messages = conversation(name, "short")[:end]
+  assert render(messages, tokenizer.template("tokenizer"))
+  with pytest.raises(
+      chat.ChatTemplateError,
+      match=r"^chat template of the config: .*header.*add_generation_prompt",
+  ):
+    render(messages, tokenizer.template(source))
+
+
+def test_a_prompt_may_begin_the_answer_but_no_row_has_it(tokenizers):
+  """As templates of models that always reason: "<think>" ends the prompt."""
+  tokenizer = tokenizers["qwen2", True]
+  source = tokenizer.chat_template.replace(
+      "<|im_start|>assistant\\n", "<|im_start|>assistant\\n<think>\\n"
+  )
+  assert source != tokenizer.chat_template
+  template = tokenizer.template(source)
+  messages = conversation("qwen2", "short")
+  prompt = chat.render_prompt(messages[:1], template)
+  assert unmarked(prompt).endswith("<|im_start|>assistant\n<think>\n")
+  with pytest.raises(chat.ChatTemplateError, match="it alone"):
+    chat.render_spans(messages, template)
 
 
 def test_a_mark_of_another_tokenizer_is_refused(tokenizers):

@@ -39,6 +39,11 @@ class Config:
 
   def __post_init__(self):
     checks.check_ranges(self, "", {"seed": "seed", "vocab_size": ">= 1"})
+    if self.chat_template:
+      try:
+        chat.make_template(self.chat_template)
+      except chat.ChatTemplateError as error:
+        raise ValueError(f"chat_template: {error}") from error
 
 
 def run(config: Config, workdir: str) -> None:
@@ -71,18 +76,15 @@ def train(config: Config, documents: list[str]) -> Tokenizer:
   """The tokenizer of a config.
 
   Raises:
-    cli.UserError: vocab_size, special_tokens or chat_template cannot be.
+    cli.UserError: vocab_size or special_tokens cannot be.
   """
   template = chat.find(config.chat_template) if config.chat_template else None
   try:
-    tokenizer = Tokenizer.train_byte_level_bpe(
+    return Tokenizer.train_byte_level_bpe(
         _shown(documents), config.vocab_size, config.special_tokens, template
     )
   except ValueError as error:
     raise cli.UserError(f"train_tokenizer: {error}") from error
-  if template:
-    chat.make_template(tokenizer.template(chat.OWN))
-  return tokenizer
 
 
 def bytes_per_token(tokenizer: Tokenizer, documents: list[str]) -> float:

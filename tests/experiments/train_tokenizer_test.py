@@ -10,8 +10,8 @@ from configs import pretrain as pretrain_config
 from configs import train_tokenizer as tokenizer_config
 from experiments import pretrain, train_tokenizer
 from experiments.harness import cli, models, sources
-from experiments.harness.config import from_config
-from rlhf_jax.data.chat import ChatTemplateError, render_spans
+from experiments.harness.config import ConfigError, from_config
+from rlhf_jax.data.chat import render_spans
 from rlhf_jax.data.special_tokens import unmarked
 from rlhf_jax.data.tokenizer import Tokenizer
 
@@ -133,13 +133,16 @@ def test_what_cannot_be_is_one_error(tmp_path, changes, message):
 
 
 @pytest.mark.parametrize("template, message", [
-    ("{% for %}", "chat template tokenizer: "),
-    ("absent.jinja", "absent.jinja: .*No such file"),
+    ("{% for %}", "chat template of the config: "),
+    ("absent.jinja", "chat template absent.jinja: .*No such file"),
     ("chatml", "no chat template is called 'chatml'"),
+    ("tokenizer", "there is no tokenizer here"),
 ])
-def test_a_template_that_is_none_is_one_error(tmp_path, template, message):
-  with pytest.raises(ChatTemplateError, match=message):
-    trained(tmp_path, chat_template=template)
+def test_a_template_that_is_none_is_told_before_anything_is_read(
+    template, message
+):
+  with pytest.raises(ConfigError, match=f"chat_template: .*{message}"):
+    from_config(train_tokenizer.Config, settings(chat_template=template))
 
 
 def test_pretraining_takes_it(tmp_path, chats):

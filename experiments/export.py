@@ -142,7 +142,9 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
         f"{place}: an adapter of a reward model cannot be written alone, as "
         "its head has no place there; leave --adapter out"
     )
-  started_from = stage.read_config(place)["init_from"]
+  started_from = models.expand(
+      models.started_from(place, stage.read_config(place))
+  )
   is_theirs = started_from.startswith(models.HUGGING_FACE)
   peft_export.save_adapter(
       folder,

@@ -150,12 +150,19 @@ def load_tokenizer(place: str) -> Tokenizer:
     # Not ended: it has the tokenizer of what it started from.
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("init_from"):
-      beside = f"{stage.resolve().parent}/"
-      return load_tokenizer(config["init_from"].replace(RUN, beside))
+      return load_tokenizer(started_from(stage, config))
   raise FileNotFoundError(
       f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); name "
       "the workdir of a stage that ended"
   )
+
+
+def started_from(
+    stage: str | pathlib.Path, stage_config: dict[str, Any]
+) -> str:
+  """The place that a stage started from, wherever its run lies now."""
+  beside = f"{pathlib.Path(stage).resolve().parent}/"
+  return stage_config["init_from"].replace(RUN, beside)
 
 
 def _load_peft(adapter_folder: str, place: str) -> Policy:
@@ -187,8 +194,7 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
-    beside = f"{pathlib.Path(stage).resolve().parent}/"
-    policy = load_policy(config["init_from"].replace(RUN, beside))
+    policy = load_policy(started_from(stage, config))
   # Language models have their loop in the section that they share.
   loop = config.get("train", config)["loop"]
   if which == "best" and not loop["best_metric"]:

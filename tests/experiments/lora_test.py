@@ -372,6 +372,14 @@ def test_imported_adapter_is_a_start_for_another(
   export.export_adapter(str(again), "llama", str(tmp_path / "out"), "policy")
   config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == str(base)
+  # Beside the stage, it is written down as @run/base.
+  beside = shutil.copytree(base, tmp_path / "base")
+  last = _stage(
+      sft, finished_run, tmp_path / "third", init_from=f"hf:{beside}"
+  )
+  export.export_adapter(str(last), "llama", str(tmp_path / "near"), "policy")
+  config = json.loads((tmp_path / "near" / "adapter_config.json").read_text())
+  assert config["base_model_name_or_path"] == str(beside)
   assert (run / "adapter").is_dir()
 
 

@@ -194,7 +194,7 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
-    policy = load_policy(started_from(stage, config))
+    policy = load_policy(started_from(stage, config), _compute_of(config))
   # Language models have their loop in the section that they share.
   loop = config.get("train", config)["loop"]
   if which == "best" and not loop["best_metric"]:
@@ -212,6 +212,14 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
   if adapter is not None:
     params = lora.merge(policy.params, params["adapter"], adapter.scale)
   return dataclasses.replace(policy, params=params)
+
+
+def _compute_of(stage_config: dict[str, Any]) -> ComputeConfig | None:
+  if "compute" not in stage_config:
+    return None
+  # Its attention backend may not be on this machine.
+  section = stage_config["compute"] | {"attention_backend": "auto"}
+  return config_lib.from_config(ComputeConfig, section, "compute")
 
 
 def _adapter_config(stage_config: dict[str, Any]) -> lora.LoraConfig | None:

@@ -185,6 +185,30 @@ def test_another_base_in_place_is_noticed(sft_run, finished_run, tmp_path):
     _stage(sft, finished_run, tmp_path / "sft", **changes)
 
 
+def test_checkpoints_are_computed_with_as_in_their_stage(
+    finished_run, tmp_path
+):
+  run = _stage(
+      sft,
+      finished_run,
+      tmp_path / "sft",
+      compute__dtype="bfloat16",
+      compute__param_dtype="bfloat16",
+  )
+  ended = models.load_policy(str(run))
+  last = models.load_policy(f"{run}@last")
+  assert last.config == ended.config and last.config.dtype == "bfloat16"
+  jax.tree.map(np.testing.assert_array_equal, last.params, ended.params)
+  for name in ("model", "adapter"):
+    shutil.rmtree(run / name)
+  # As of another machine, whose attention this one does not have.
+  path = run / "config.json"
+  path.write_text(path.read_text().replace('"auto"', '"cudnn"'))
+  last = models.load_policy(f"{run}@last")
+  assert last.config.param_dtype == last.config.dtype == "bfloat16"
+  jax.tree.map(np.testing.assert_array_equal, last.params, ended.params)
+
+
 def test_reward_model_is_a_head_and_an_adapter(reward_run, finished_run):
   differ = _differences(reward_run, finished_run / "reward")
   assert differ  # of the same start, but trained whole

@@ -1,5 +1,6 @@
 """Where models are read from: stages, their checkpoints, files of others."""
 
+import dataclasses
 import json
 import struct
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import sentencepiece
 
+from configs import common
 from experiments.harness import models
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -86,6 +88,27 @@ def test_checkpoints_of_a_stage_that_goes_on_are_places(
     policy, stage, which, step
 ):
   assert step_of(policy, f"{stage}@{which}") == step
+
+
+def test_a_checkpoint_is_computed_with_as_in_its_stage(policy, tmp_path):
+  models.save_policy(tmp_path / "pretrain", policy)
+  half = dataclasses.replace(
+      policy,
+      params=jax.tree.map(lambda x: x.astype("bfloat16"), policy.params),
+  )
+  stage = tmp_path / "sft"
+  save_checkpoints(stage, half, {2: 0.5}, "@run/pretrain")
+  path = stage / "config.json"
+  section = common.compute(
+      dtype="bfloat16", param_dtype="bfloat16", remat=True,
+      attention_backend="cudnn",  # which is not on every machine
+  )
+  path.write_text(json.dumps(
+      json.loads(path.read_text()) | {"compute": section.to_dict()}
+  ))
+  config = models.load_policy(f"{stage}@last").config
+  assert config.dtype == config.param_dtype == "bfloat16" and config.remat
+  assert config.attention_backend == "auto"
 
 
 def test_an_unfinished_newest_checkpoint_is_passed_over(policy, stage):

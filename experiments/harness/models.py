@@ -23,11 +23,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.harness import buckets
+from experiments.harness import adapters, buckets
 from experiments.harness import compute as compute_lib
 from experiments.harness import config as config_lib
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.fingerprint import fingerprint
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import lora
@@ -202,7 +203,7 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
         f"{place}: the stage kept no best checkpoint: its loop.best_metric is "
         "''"
     )
-  params = checkpoint.load_params(
+  params, saved = checkpoint.load_params(
       pathlib.Path(stage) / "checkpoints",
       int(which) if which.isdigit() else which,
       prefixes=("train.params.policy", "params"),
@@ -210,8 +211,26 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
       best_mode=loop["best_mode"],
   )
   if adapter is not None:
+    _check_base(stage, started_from(stage, config), policy, saved["inputs"])
     params = lora.merge(policy.params, params["adapter"], adapter.scale)
   return dataclasses.replace(policy, params=params)
+
+
+def _check_base(
+    stage: str, base: str, policy: Policy, inputs: dict[str, str]
+) -> None:
+  """An adapter on other weights is another model, without a word."""
+  if (pathlib.Path(stage) / "adapter").is_dir():
+    wanted = adapters.load(stage).base
+    found = fingerprint(policy.params["trunk"])
+  else:
+    wanted, found = inputs[adapters.INPUT], fingerprint(policy.params)
+  if found != wanted:
+    raise checkpoint.CheckpointError(
+        f"{stage} trained an adapter on {base}, whose weights are others now: "
+        f"their fingerprint is {found[:12]} and was {wanted[:12]}. Put back "
+        "what was there"
+    )
 
 
 def _compute_of(stage_config: dict[str, Any]) -> ComputeConfig | None:

@@ -13,6 +13,7 @@ import pytest
 from experiments import export, ppo, reward, sft
 from experiments.harness import adapters, cli, models, preflight, value_network
 from experiments.harness.config import ConfigError, from_config
+from rlhf_jax import checkpoint
 from rlhf_jax.models import functions, lora
 from rlhf_jax.models.families.hf_config import FamilyError
 from tests.experiments import tiny
@@ -150,7 +151,7 @@ def test_ppo_resumes_with_both_adapters(
 def _cut(run, tmp_path):
   """As a run that was killed after its checkpoint of step 2."""
   cut = shutil.copytree(run, tmp_path / "cut")
-  (cut / "finished.json").unlink()
+  (cut / "finished.json").unlink(missing_ok=True)
   for name in ("model", "adapter", "checkpoints/step_00000004"):
     shutil.rmtree(cut / name)
   assert tiny.last_checkpoint(cut)["step"] == 2
@@ -183,6 +184,13 @@ def test_another_base_in_place_is_noticed(sft_run, finished_run, tmp_path):
   )
   with pytest.raises(ConfigError, match="changed since: base model"):
     _stage(sft, finished_run, tmp_path / "sft", **changes)
+  # Ended, by the adapter's folder; and not, by the checkpoint.
+  message = "trained an adapter on .*pretrain, whose weights are others"
+  for place in (run, _cut(run, tmp_path)):
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+      models.load_policy(f"{place}@last")
+  models.save_policy(base, policy)
+  models.load_policy(f"{tmp_path / 'cut'}@last")
 
 
 def test_checkpoints_are_computed_with_as_in_their_stage(

@@ -136,6 +136,13 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
   """
   _check_is_free(folder)
   huggingface.find_family(family, "--family")
+  place = models.expand(place)
+  if models.CHECKPOINT.fullmatch(place):
+    raise cli.UserError(
+        f"--model={place}: with --adapter, name the folder of a stage that "
+        "ended: its checkpoints hold no adapter in a folder of its own. Or "
+        "leave --adapter out"
+    )
   adapter = adapters.load(place)
   if kind != "policy" or adapter.head is not None:
     raise cli.UserError(

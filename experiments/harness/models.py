@@ -82,6 +82,32 @@ def expand(place: str) -> str:
   return re.sub(r"\$\{(\w+)\}", value, place)
 
 
+def check_syntax(place: str) -> None:
+  """Checks that what looks like a place of others' models is one.
+
+  Raises:
+    ConfigError: with the syntax that it should have.
+  """
+  if place.startswith("peft:") and not PEFT.fullmatch(place):
+    raise ConfigError(
+        f"{place!r}: a model with an adapter is peft:ADAPTER:hf:FOLDER"
+    )
+  if place == HUGGING_FACE:
+    raise ConfigError(f"{place!r} names no folder: it is hf:FOLDER")
+
+
+def advice(place: str) -> str:
+  """What to name instead of a folder that holds no finished model."""
+  config = pathlib.Path(place) / "config.json"
+  # A stage has a config.json too.
+  if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+    return f"did you mean {HUGGING_FACE}{place}?"
+  return (
+      "name the workdir of a stage that ended, or for a policy one of its "
+      "checkpoints as FOLDER@STEP, FOLDER@last or FOLDER@best"
+  )
+
+
 def save_policy(folder: pathlib.Path, policy: Policy) -> None:
   """Writes a policy that `load_policy(folder)` reads."""
   policy.tokenizer.save(folder / "tokenizer")
@@ -100,7 +126,7 @@ def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
     compute: how the stage computes with it; None is as it was saved.
 
   Raises:
-    ConfigError: it cannot be computed with so.
+    ConfigError: it is no place, or cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
@@ -109,6 +135,7 @@ def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
 
 def _load_policy(place: str) -> Policy:
   place = expand(place)
+  check_syntax(place)
   if place.startswith(LLAMA2C):
     model_path, _, tokenizer_path = place.removeprefix(LLAMA2C).partition(":")
     try:
@@ -131,9 +158,11 @@ def load_tokenizer(place: str) -> Tokenizer:
 
   Raises:
     FileNotFoundError: none is there.
+    ConfigError: it is no place.
     TokenizerError: it is damaged.
   """
   place = expand(place)
+  check_syntax(place)
   if place.startswith(LLAMA2C):
     return Tokenizer.from_sentencepiece(
         place.removeprefix(LLAMA2C).partition(":")[2]
@@ -153,8 +182,8 @@ def load_tokenizer(place: str) -> Tokenizer:
     if config.get("init_from"):
       return load_tokenizer(started_from(stage, config))
   raise FileNotFoundError(
-      f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); name "
-      "the workdir of a stage that ended"
+      f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); "
+      + advice(place)
   )
 
 
@@ -271,11 +300,12 @@ def load_reward_model(
     compute: how the stage computes with it; None is as it was saved.
 
   Raises:
-    ConfigError: it cannot be computed with so.
+    ConfigError: it is no place, or cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
   place = expand(place)
+  check_syntax(place)
   config, params, tokenizer, extra = _load(place, "reward_model")
   model = RewardModel(
       config=config,
@@ -306,9 +336,8 @@ def _load(place: str, kind: str):
   folder = pathlib.Path(place) / "model"
   if not folder.is_dir():
     raise FileNotFoundError(
-        f"{place} holds no finished model ({folder} is not there); name the "
-        "workdir of a stage that ended, or for a policy one of its checkpoints "
-        "as FOLDER@STEP, FOLDER@last or FOLDER@best"
+        f"{place} holds no finished model ({folder} is not there); "
+        + advice(place)
     )
   config, params, extra = checkpoint.load_model(folder)
   _check_kind(place, extra["kind"], kind)

@@ -450,5 +450,9 @@ def test_what_cannot_be_exported_alone_is_told(
     write(finished_run / "sft")
   with pytest.raises(cli.UserError, match="adapter of a reward model"):
     write(reward_run)
+  with pytest.raises(cli.UserError, match="@last: with --adapter, name the"):
+    write(f"{sft_run}@last")
+  with pytest.raises(FileNotFoundError, match="variable NO_SUCH is not set"):
+    write("${NO_SUCH}/sft")
   with pytest.raises(cli.UserError, match="holds adapter_config.json, .*ad"):
     export.export_adapter(str(sft_run), "llama", str(exported[1]), "policy")

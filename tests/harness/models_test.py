@@ -11,7 +11,8 @@ import pytest
 import sentencepiece
 
 from configs import common
-from experiments.harness import models
+from experiments.harness import models, preflight
+from experiments.harness.config import ConfigError
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
@@ -127,6 +128,42 @@ def test_an_at_sign_in_a_path_is_part_of_it(policy, stage):
   assert step_of(policy, str(stage.parent / "pretrain")) == 1
   with pytest.raises(FileNotFoundError, match="me@lab/sft@lst holds .*@last"):
     models.load_policy(f"{stage}@lst")
+
+
+@pytest.mark.parametrize("place, message", [
+    ("peft:adapter:base", "adapter is peft:ADAPTER:hf:FOLDER"),
+    ("peft:adapter:hf:", "adapter is peft:ADAPTER:hf:FOLDER"),
+    ("hf:", "'hf:' names no folder"),
+])
+def test_what_is_no_place_is_told(place, message):
+  load = (models.load_policy, models.load_reward_model, models.load_tokenizer)
+  for function in load:
+    with pytest.raises(ConfigError, match=message):
+      function(place)
+  [problem] = preflight.problems("ppo", Named(place))
+  assert message.strip("'") in problem
+
+
+@dataclasses.dataclass
+class Named:
+  """A section with a place."""
+
+  init_from: str
+
+
+def test_a_folder_of_others_is_told_from_a_stage_that_goes_on(tmp_path, stage):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  message = f"did you mean hf:{tmp_path}"
+  load = (models.load_policy, models.load_reward_model, models.load_tokenizer)
+  for function in load:
+    with pytest.raises(FileNotFoundError, match=message):
+      function(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="name the workdir"):
+      function(str(stage.parent))
+  with pytest.raises(FileNotFoundError, match="or for a policy one of its"):
+    models.load_policy(str(stage))
+  [problem] = preflight.problems("ppo", Named(str(tmp_path)))
+  assert message in problem
 
 
 # ---- The model and its tokenizer ---------------------------------------------

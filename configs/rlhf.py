@@ -21,8 +21,8 @@ reward model from film sentences, positive preferred to negative; PPO that makes
 continuations of stories happier; judged by a second reward model, trained from
 the base model on other sentences, that PPO never sees.
 
-:lora is the whole pipeline with adapters of rank 8 in SFT, reward model and PPO,
-at three times the learning rates.
+:lora has adapters of rank 8 in SFT, reward model and PPO, at three times the
+learning rates. Expect a true reward of 0.43 (SFT) and 0.6 (PPO).
 
 Each takes a seed: configs/rlhf.py:full,seed=3.
 """

@@ -34,11 +34,11 @@ def make_episode_kl(
         ref_model.hidden(ref_params, tokens, mask, last)[:, :-1],
     )
 
+    logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
+
     def measure(hidden, ref_hidden):
       return kl_lib.kl_exact(
-          model.logits(params, hidden),
-          ref_model.logits(ref_params, ref_hidden),
-          temperature=temperature,
+          logits_of(hidden), ref_logits_of(ref_hidden), temperature=temperature
       )
 
     kl = chunking.map_positions(

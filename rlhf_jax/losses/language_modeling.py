@@ -55,7 +55,8 @@ def predictions_and_targets(
 ) -> tuple[Shaped[Array, "B N-1 ..."], Int[Array, "B N-1"]]:
   """What position i says, beside the token that follows it.
 
-  The one place where the two are shifted against each other.
+  The place where a text is shifted against itself. Completions need no shift:
+  they begin at a static column, and so do the positions before them.
 
   Args:
     predictions: logits, or the hidden states that they are computed from;

@@ -186,6 +186,11 @@ def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:
   return cap * jnp.tanh(x / cap) if cap else x
 
 
+def scaled(query: Float[Array, "B H N K"], scale: float):
+  """query * scale, rounded once: a scale in bfloat16 would be off itself."""
+  return (query.astype(jnp.float32) * jnp.float32(scale)).astype(query.dtype)
+
+
 def attend(
     query: Float[Array, "B H N K"],
     keys: Sequence[Float[Array, "B J _ K"]],
@@ -205,9 +210,7 @@ def attend(
   """
   b, h, n, k = query.shape
   j = keys[0].shape[1]
-  grouped = (query * jnp.asarray(scale, query.dtype)).reshape(
-      b, j, h // j, n, k
-  )
+  grouped = scaled(query, scale).reshape(b, j, h // j, n, k)
   scores = [
       jnp.where(
           mask[:, None, None], softcap(_scores(grouped, key), cap), MASKED_SCORE

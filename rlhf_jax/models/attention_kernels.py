@@ -23,6 +23,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from rlhf_jax.models import attention
+
 Backend = Literal["xla", "cudnn", "splash"]
 
 _PLATFORM = {"cudnn": "gpu", "splash": "tpu"}
@@ -70,8 +72,9 @@ def platform_of(x: Array) -> str:
   It need not be where jax runs: programs are compiled for machines that are
   not there, too.
   """
-  mesh = jax.typeof(x).sharding.mesh
-  return jax.default_backend() if mesh.empty else mesh.abstract_device.platform
+  device = jax.typeof(x).sharding.mesh.abstract_device
+  # None without a mesh, and of a mesh that is but a shape.
+  return jax.default_backend() if device is None else device.platform
 
 
 def _refusal_of_cudnn(dtype: str, head_dim: int, softcap: float) -> str:
@@ -79,7 +82,16 @@ def _refusal_of_cudnn(dtype: str, head_dim: int, softcap: float) -> str:
     return f"it computes in bfloat16, and the model's dtype is {dtype}"
   if head_dim % 8 or head_dim > 128:
     return f"head_dim={head_dim} is not a multiple of 8 up to 128"
-  return "it has no attention_softcap" if softcap else ""
+  if softcap:
+    return "it has no attention_softcap"
+  device = jax.devices()[0]
+  if device.platform != "gpu":  # compiled here for elsewhere
+    return ""
+  if "cuda" not in device.client.platform_version:
+    return "it is for NVIDIA's GPUs"
+  if float(device.compute_capability) < 8:
+    return f"{device.device_kind} is older than compute capability 8.0"
+  return ""
 
 
 def attend(
@@ -167,7 +179,7 @@ def splash(
   """
   mesh = jax.typeof(query).sharding.mesh
   length = query.shape[2]
-  query = query * jnp.asarray(scale, query.dtype)
+  query = attention.scaled(query, scale)
   arrays = _fill_up(query, key, value, segment_ids, multiple=_LANES)
 
   def own_rows(query, key, value, segment_ids):

@@ -23,13 +23,17 @@ class LanguageModelFns:
 
   hidden: (params, tokens [B, T], segment_ids [B, T], last=None) ->
     [B, last, D], of the last `last` positions (None: all).
-  logits: (params, hidden [B, n, D]) -> [B, n, V], of any positions.
-  chunk_size: positions of a row that should go through `logits` at once, see
+  head: params -> a function of hidden states [B, n, D], of any positions, to
+    their logits [B, n, V]. What it reads of params is float32 before it is
+    called: a gradient that is summed over its calls is then summed so.
+  chunk_size: positions of a row that should go through it at once, see
     `losses/chunking.py`.
   """
 
   hidden: Callable[..., Float[Array, "B N D"]]
-  logits: Callable[[Any, Float[Array, "B n D"]], Float[Array, "B n V"]]
+  head: Callable[
+      [Any], Callable[[Float[Array, "B n D"]], Float[Array, "B n V"]]
+  ]
   chunk_size: int
 
 
@@ -39,13 +43,15 @@ class PolicyValueFns:
 
   hidden_and_values: (params, tokens [B, T], segment_ids [B, T], last) ->
     (hidden [B, last, D], values [B, last]), of the last `last` positions.
-  logits, chunk_size: as in `LanguageModelFns`; logits takes all params too.
+  head, chunk_size: as in `LanguageModelFns`; head takes all params too.
   """
 
   hidden_and_values: Callable[
       ..., tuple[Float[Array, "B N D"], Float[Array, "B N"]]
   ]
-  logits: Callable[[Any, Float[Array, "B n D"]], Float[Array, "B n V"]]
+  head: Callable[
+      [Any], Callable[[Float[Array, "B n D"]], Float[Array, "B n V"]]
+  ]
   chunk_size: int
 
 
@@ -62,11 +68,23 @@ def make_language_model(config: TransformerConfig) -> LanguageModelFns:
         method="hidden",
     )[0]
 
-  def logits(params, hidden):
-    weights = lora.weights_of(params)
-    return model.apply({"params": weights}, hidden, method="logits")
+  def head(params):
+    weights = _with_wide_head(lora.weights_of(params), config)
+    return lambda hidden: model.apply(
+        {"params": weights}, hidden, method="logits"
+    )
 
-  return LanguageModelFns(hidden, logits, config.head_chunk_size)
+  return LanguageModelFns(hidden, head, config.head_chunk_size)
+
+
+def _with_wide_head(params: Any, config: TransformerConfig) -> Any:
+  """The params with their head, an own one or the embedding, in float32."""
+  if not config.tie_head:
+    kernel = params["head"]["kernel"].astype(jnp.float32)
+    return {**params, "head": {"kernel": kernel}}
+  trunk = params["trunk"]
+  embedding = trunk["token_embedding"].astype(jnp.float32)
+  return {**params, "trunk": {**trunk, "token_embedding": embedding}}
 
 
 def make_logits_fn(config: TransformerConfig):
@@ -78,7 +96,7 @@ def make_logits_fn(config: TransformerConfig):
 
   def logits_fn(params, tokens, segment_ids, last=None):
     hidden = model.hidden(params, tokens, segment_ids, last)
-    return model.logits(params, hidden)
+    return model.head(params)(hidden)
 
   return logits_fn
 
@@ -139,7 +157,7 @@ def make_policy_value(
 
   return PolicyValueFns(
       hidden_and_values,
-      lambda params, hidden: policy.logits(_of(params, "policy"), hidden),
+      lambda params: policy.head(_of(params, "policy")),
       policy.chunk_size,
   )
 

@@ -158,7 +158,7 @@ def merge(
   """
   layers = _layers(base)
   check_fits(adapter, base)
-  leaves = by_projection(adapter)
+  leaves, scale = by_projection(adapter), jnp.float32(scale)
   kernels = {
       f"{name}/kernel": _merged(layers[f"{name}/kernel"], a, b, scale)
       for name, (a, b) in leaves.items()
@@ -167,12 +167,16 @@ def merge(
   return {**base, "trunk": {**base["trunk"], "layers": merged}}
 
 
-def _merged(kernel, a, b, scale: float):
-  product = jnp.einsum(
-      "lir,lro->lio", a, b, precision=jax.lax.Precision.HIGHEST
-  )
-  delta = jnp.float32(scale) * product.reshape(kernel.shape)
-  return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+@jax.jit
+def _merged(kernel, a, b, scale):
+  def one_layer(layer):
+    kernel, a, b = layer
+    product = jnp.matmul(a, b, precision=jax.lax.Precision.HIGHEST)
+    delta = scale * product.reshape(kernel.shape)
+    return (kernel.astype(jnp.float32) + delta).astype(kernel.dtype)
+
+  # One at a time: this comes when a run that just fits has ended.
+  return jax.lax.map(one_layer, (kernel, a, b))
 
 
 def check_fits(adapter: Mapping[str, Any], base: Mapping[str, Any]) -> None:

@@ -130,6 +130,9 @@ class TransformerConfig:
         )
     self._check_shapes()
     self._check_windows()
+    if self.query_scale_dim == self.head_dim:
+      # One config for one model: 0 says the same.
+      object.__setattr__(self, "query_scale_dim", 0)
 
   def _check_shapes(self):
     if self.num_heads % self.num_kv_heads:

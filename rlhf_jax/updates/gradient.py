@@ -83,7 +83,9 @@ def dropout_rngs(
     return {}
   rng = jax.random.fold_in(state.rng, state.step)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
-  return {"row_rngs": fold(rng, jnp.arange(math.prod(shape))).reshape(shape)}
+  rngs = fold(rng, jnp.arange(math.prod(shape)))
+  # A key of the older kind is two numbers.
+  return {"row_rngs": rngs.reshape(*shape, *rngs.shape[1:])}
 
 
 def accumulate_gradients(

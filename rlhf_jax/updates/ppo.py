@@ -183,9 +183,10 @@ def make_score_rollout(
         ref_params, *whole_sequence(rollout), hidden.shape[1] + 1
     )[:, :-1]
 
+    logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
+
     def measure(hidden, ref_hidden, ids):
-      logits = model.logits(params, hidden)
-      ref_logits = ref_model.logits(ref_params, ref_hidden)
+      logits, ref_logits = logits_of(hidden), ref_logits_of(ref_hidden)
       at = dict(temperature=temperature)
       return (
           language_modeling.selected_logprobs(logits, ids, **at),
@@ -282,8 +283,10 @@ def ppo_objective(
   mask = batch.rollout.completion_mask
   hidden, values = hidden_and_values(model, params, batch.rollout)
 
+  logits_of = model.head(params)
+
   def measure(hidden, ids):
-    logits = model.logits(params, hidden)
+    logits = logits_of(hidden)
     at = dict(temperature=cfg.temperature)
     return (
         language_modeling.selected_logprobs(logits, ids, **at),
@@ -335,8 +338,10 @@ def ptx_objective(
   )
   mask = batch.loss_mask[:, 1:]
 
+  logits_of = model.head(params)
+
   def measure(hidden, ids):
-    logits = model.logits(params, hidden)
+    logits = logits_of(hidden)
     return -language_modeling.selected_logprobs(logits, ids)
 
   loss = chunking.map_positions(
@@ -360,7 +365,8 @@ def make_ppo_update(
 
   Raises (when traced):
     ValueError: if the rollout does not divide into the minibatches or these
-      into the microbatches.
+      into the microbatches; if `frozen` asks for dropout, under which
+      log-probs are no function of the params.
   """
 
   def minibatch_step(train, minibatch, cfg, frozen):
@@ -390,6 +396,8 @@ def make_ppo_update(
 
   def update(state, scored, ptx, cfg, frozen=None):
     frozen = {} if frozen is None else frozen
+    if "adapter_dropout" in frozen:
+      raise ValueError("PPO takes no adapter_dropout: train it without")
     rng = jax.random.fold_in(iteration_rng(state), 1)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)

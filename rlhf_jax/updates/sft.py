@@ -56,8 +56,10 @@ def sft_objective(
   hidden_BTD = model.hidden(params, batch.tokens, batch.segment_ids)
   mask_BT = batch.loss_mask[:, 1:]
 
+  logits_of = model.head(params)
+
   def measure(hidden_BTD, targets_BT):
-    logits_BTV = model.logits(params, hidden_BTD)
+    logits_BTV = logits_of(hidden_BTD)
     return (
         language_modeling.cross_entropy_loss(
             logits_BTV, targets_BT, z_loss_coef=cfg.z_loss_coef

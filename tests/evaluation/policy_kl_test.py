@@ -20,7 +20,7 @@ def hidden(table, tokens, segment_ids, last):
   return table
 
 
-MODEL = LanguageModelFns(hidden, lambda _, logits: logits, chunk_size=2)
+MODEL = LanguageModelFns(hidden, lambda _: lambda logits: logits, chunk_size=2)
 episode_kl = jax.jit(policy_kl.make_episode_kl(MODEL, MODEL))
 tables = hnp.arrays(
     np.float32, (B, C + 1, V), elements=st.floats(-4, 4, width=32)

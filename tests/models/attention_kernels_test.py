@@ -232,6 +232,17 @@ def test_auto_takes_the_kernel_of_the_platform_where_it_can():
   assert _choose("xla", platform="tpu") == "xla"
 
 
+def test_a_mesh_that_is_but_a_shape_has_the_platform_of_jax():
+  mesh = jax.sharding.AbstractMesh((2,), ("data",))
+  split = jax.NamedSharding(mesh, jax.P("data"))
+  seen = []
+  jax.eval_shape(
+      lambda x: seen.append(attention_kernels.platform_of(x)),
+      jax.ShapeDtypeStruct((2,), jnp.float32, sharding=split),
+  )
+  assert seen == ["cpu"]
+
+
 @pytest.mark.parametrize(
     "wanted,changes,reason",
     [

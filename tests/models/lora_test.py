@@ -290,6 +290,21 @@ def test_adapter_of_another_model_is_refused():
     lora.merge(gelu, _random_adapter(base, gate), 1.0)
 
 
+def test_merging_holds_a_layer_at_a_time():
+  num_layers, size, rank = 32, 64, 2
+  shape = jax.ShapeDtypeStruct
+  compiled = lora._merged.lower(
+      # Of bfloat16 arrays XLA's CPU backend makes float32 ones first.
+      shape((num_layers, size, size), jnp.float32),
+      shape((num_layers, size, rank), jnp.float32),
+      shape((num_layers, rank, size), jnp.float32),
+      shape((), jnp.float32),
+  ).compile()
+  layer_bytes = size * size * 4
+  temporary = compiled.memory_analysis().temp_size_in_bytes
+  assert temporary < 4 * layer_bytes < num_layers * layer_bytes // 4
+
+
 def test_a_mixture_of_experts_is_adapted_but_for_its_experts():
   model, base = small.small_language_model(**small.VARIANTS["experts"])
   everything = dataclasses.replace(CONFIG, targets=(lora.ALL_LINEAR,))

@@ -12,8 +12,8 @@ from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads, lora
-from rlhf_jax.train_state import create_train_state
-from rlhf_jax.updates import ppo, reward, sft
+from rlhf_jax.train_state import TrainState, create_train_state
+from rlhf_jax.updates import gradient, ppo, reward, sft
 from tests.models.small import random_params
 from tests.updates import small
 from tests.updates.small import assert_trees_close, assert_trees_equal
@@ -409,6 +409,24 @@ def test_policy_reference_and_value_hold_one_base():
   for program in (rollout, score, update):
     assert program.temp_size_in_bytes < base
     assert program.output_size_in_bytes < 0.1 * base
+
+
+def test_ppo_takes_no_dropout():
+  update = ppo.make_ppo_update(None, None)
+  with pytest.raises(ValueError, match="no adapter_dropout"):
+    update(None, None, None, None, {"adapter_dropout": jnp.float32(0.1)})
+
+
+def test_dropout_takes_keys_of_both_kinds():
+  masks = []
+  for make in (jax.random.key, jax.random.PRNGKey):
+    state = TrainState(
+        step=jnp.int32(3), skipped_steps=0, params={}, opt_state=(), rng=make(7)
+    )
+    rngs = gradient.dropout_rngs({"adapter_dropout": 0.1}, state, (4, 2))
+    draw = jax.vmap(jax.vmap(lambda rng: jax.random.uniform(rng, (5,))))
+    masks.append(draw(rngs["row_rngs"]))
+  np.testing.assert_array_equal(*masks)
 
 
 def test_without_adapters_they_hold_many():

@@ -202,6 +202,32 @@ def _assert_overfits(dtype):
   return state
 
 
+def test_chunks_sum_a_bfloat16_heads_gradient_in_float32():
+  def gradient_of(chunk_size, dtype):
+    config = dataclasses.replace(
+        small.CONFIG, param_dtype=dtype, head_chunk_size=chunk_size
+    )
+    model = functions.make_language_model(config)
+    params = jax.tree.map(
+        lambda x: x.astype(jnp.bfloat16).astype(dtype),
+        small.language_model_params(),
+    )
+    objective = lambda params: sft.sft_objective(
+        params, small.lm_batch(), model, CFG, jnp.float32(1)
+    )[0]
+    grads = jax.jit(jax.grad(objective))(params)
+    return np.asarray(grads["trunk"]["token_embedding"], np.float32)
+
+  wanted = gradient_of(small.T, "float32")
+  size = np.linalg.norm(wanted)
+  error = lambda chunk_size: np.linalg.norm(
+      gradient_of(chunk_size, "bfloat16") - wanted
+  )
+  # Of one rounding to 8 bits, however many chunks there are.
+  assert error(small.T) < 0.003 * size
+  assert error(1) < 0.003 * size
+
+
 def test_overfits_eight_sequences():
   _assert_overfits("float32")
 

@@ -28,15 +28,15 @@ def _ref_hidden(table, tokens, segment_ids, last):
   return table[tokens[:, 0]]
 
 
-def _logits(params, hidden):
+def _head(params):
   """What the tables hold are logits already."""
   del params
-  return hidden
+  return lambda hidden: hidden
 
 
 # Shorter than a completion: what the tables prove, they prove of chunks.
-MODEL = PolicyValueFns(_hidden_and_values, _logits, chunk_size=2)
-REF_MODEL = LanguageModelFns(_ref_hidden, _logits, chunk_size=2)
+MODEL = PolicyValueFns(_hidden_and_values, _head, chunk_size=2)
+REF_MODEL = LanguageModelFns(_ref_hidden, _head, chunk_size=2)
 
 
 def random_tables(seed=0):

@@ -200,6 +200,8 @@ def save_folder(
   shapes = {path: tuple(leaf.shape) for path, leaf in flat.items()}
   table = tensor_map.rows_for(module, shapes)
   sources = tensor_map.sources(table, flat)
+  # Without it a folder is no model: an interruption leaves none, not a mixture.
+  (folder / "config.json").unlink(missing_ok=True)
   tensor_files.write_tensors(folder, sources, max_file_bytes)
   (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
 

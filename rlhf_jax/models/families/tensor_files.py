@@ -227,7 +227,8 @@ def write_tensors(
   folder = epath.Path(folder)
   folder.mkdir(parents=True, exist_ok=True)
   # Of an earlier model, which would be read instead of this one.
-  for old in [*folder.glob("model*.safetensors"), folder / _INDEX]:
+  stale = [folder / _SINGLE, folder / _INDEX]
+  for old in [*stale, *folder.glob("model-*-of-*.safetensors")]:
     old.unlink(missing_ok=True)
   groups: list[list[TensorSource]] = [[]]
   for tensor in tensors:

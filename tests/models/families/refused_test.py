@@ -1,5 +1,6 @@
 """What a folder or an export cannot be is one error that names it."""
 
+import dataclasses
 import json
 import shutil
 
@@ -202,3 +203,13 @@ def test_every_family_takes_a_model_as_it_is_or_refuses_it(name, tmp_path):
     taken.append(family)
     assert huggingface.load_folder(folder).config == loaded.config
   assert hf_models.MODELS[name][0] in taken
+
+
+def test_a_query_scale_that_is_the_default_is_no_obstacle(tmp_path):
+  # Gemma writes it out: 0 and head_dim are the same model.
+  loaded = huggingface.load_folder(hf_models.GOLDEN / "gemma2")
+  for dim in (0, loaded.config.head_dim):
+    config = dataclasses.replace(loaded.config, query_scale_dim=dim)
+    folder = tmp_path / str(dim)
+    huggingface.save_folder(folder, config, loaded.params, family="gemma2")
+    assert huggingface.load_folder(folder).config == config

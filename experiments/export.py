@@ -19,12 +19,14 @@ reference policy's standard deviation: its gain goes into the head, its bias,
 for which the layout has no place, is dropped and told.
 """
 
+import fnmatch
+
 from absl import app, flags, logging
 from etils import epath
 import jax
 
 from experiments.harness import adapters, buckets, cli, models, stage
-from rlhf_jax.models.families import huggingface, peft_export, peft_modules
+from rlhf_jax.models.families import huggingface, peft_export
 
 _MODEL = flags.DEFINE_string("model", None, "The place of a model.")
 _FAMILY = flags.DEFINE_string("family", "llama", "Its model_type there.")
@@ -36,6 +38,20 @@ _ADAPTER = flags.DEFINE_bool(
     "adapter", False, "Writes the adapter of a stage alone, for peft."
 )
 flags.mark_flags_as_required(["model", "to"])
+
+# What a model, a tokenizer or an adapter consists of in such folders. Beside
+# what is written they would be read as its own, or be replaced by it.
+_TAKEN = (
+    "*config.json",
+    "*.safetensors*",
+    "*.bin",
+    "*.model",
+    "tokenizer*",
+    "special_tokens_map.json",
+    "chat_template*",
+    "vocab.*",
+    "merges.txt",
+)
 
 
 def main(argv):
@@ -54,17 +70,18 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
   """Writes the model at `place` to `folder`.
 
   Raises:
-    cli.UserError: the folder holds a model already.
-    huggingface.FamilyError: the family cannot express it.
+    cli.UserError: the folder holds files of a model or tokenizer already.
+    huggingface.FamilyError: the family cannot express it; nothing is written.
   """
-  if (epath.Path(folder) / "config.json").exists():
-    raise cli.UserError(f"--to={folder}: holds a model already")
+  _check_is_free(folder)
+  huggingface.find_family(family, "--family")
   if kind == "policy":
     model = models.load_policy(place)
     params = model.params
   else:
     model = models.load_reward_model(place)
     params = _with_gain(model)
+  huggingface.check_expressible(model.config, family=family, kind=kind)
   tokenizer = model.tokenizer
   # config.json comes last: a folder without it is not taken for a whole one.
   with buckets.local_output(folder) as local:
@@ -88,6 +105,22 @@ def export(place: str, family: str, folder: str, kind: str) -> None:
   )
 
 
+def _check_is_free(folder: str) -> None:
+  path = epath.Path(folder)
+  if not path.exists():
+    return
+  taken = sorted(
+      x.name
+      for x in path.iterdir()
+      if any(fnmatch.fnmatch(x.name, pattern) for pattern in _TAKEN)
+  )
+  if taken:
+    raise cli.UserError(
+        f"--to={folder}: holds {', '.join(taken)} already, and nothing of "
+        "another model is written over; name a new folder"
+    )
+
+
 def _one_or_all(ids: tuple[int, ...]) -> int | list[int]:
   return ids[0] if len(ids) == 1 else list(ids)
 
@@ -96,20 +129,29 @@ def export_adapter(place: str, family: str, folder: str, kind: str) -> None:
   """Writes the adapter that the stage at `place` trained to `folder`.
 
   Raises:
-    cli.UserError: the folder holds an adapter already, or the adapter is a
-      reward model's: `peft` has no place for its head beside one.
+    cli.UserError: the folder holds files of a model or adapter already, or the
+      adapter is a reward model's: `peft` has no place for its head beside one.
     FileNotFoundError: the stage trained no adapter.
     huggingface.FamilyError: the family has no such projections.
   """
-  if (epath.Path(folder) / peft_modules.CONFIG_FILE).exists():
-    raise cli.UserError(f"--to={folder}: holds an adapter already")
+  _check_is_free(folder)
+  huggingface.find_family(family, "--family")
+  place = models.expand(place)
+  if models.CHECKPOINT.fullmatch(place):
+    raise cli.UserError(
+        f"--model={place}: with --adapter, name the folder of a stage that "
+        "ended: its checkpoints hold no adapter in a folder of its own. Or "
+        "leave --adapter out"
+    )
   adapter = adapters.load(place)
   if kind != "policy" or adapter.head is not None:
     raise cli.UserError(
         f"{place}: an adapter of a reward model cannot be written alone, as "
         "its head has no place there; leave --adapter out"
     )
-  started_from = stage.read_config(place)["init_from"]
+  started_from = models.expand(
+      models.started_from(place, stage.read_config(place))
+  )
   is_theirs = started_from.startswith(models.HUGGING_FACE)
   peft_export.save_adapter(
       folder,

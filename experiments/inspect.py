@@ -52,6 +52,8 @@ _COLOR = flags.DEFINE_enum(
     "color", "auto", ["auto", "always", "never"],
     "auto: in a terminal, unless NO_COLOR is set.",
 )
+flags.mark_flag_as_required("config")
+
 
 def main(argv):
   if len(argv) > 1:
@@ -90,7 +92,8 @@ def find_stage(
   """A stage's name and its checked config.
 
   Raises:
-    cli.UserError: it is the config of none, or of a run without --stage.
+    cli.UserError: it is the config of none, of a run without --stage, or of
+      another stage than --stage.
   """
   if set(config) <= {*_CLASSES, "preferences", "evaluate"}:  # a whole run
     names = [x for x in _CLASSES if x in config and config[x] is not None]
@@ -119,6 +122,11 @@ def find_stage(
     raise cli.UserError(
         f"--config: this is the config of none of {', '.join(_FIELDS)}, whose"
         f" rows can be shown; its sections are {', '.join(config)}"
+    )
+  if stage and _CLASSES.get(stage) is not _CLASSES[name]:
+    raise cli.UserError(
+        f"--stage={stage!r}: this config is that of the single stage {name}; "
+        "leave --stage out"
     )
   return name, config_lib.from_config(_CLASSES[name], config)
 

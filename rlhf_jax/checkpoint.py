@@ -295,8 +295,8 @@ def load_params(
     *,
     best_metric: str | None = None,
     best_mode: Literal["max", "min"] = "max",
-) -> PyTree:
-  """Params out of a checkpoint, without the rest of its state.
+) -> tuple[PyTree, dict[str, Any]]:
+  """Params and iterator_state of a checkpoint, without the rest of its state.
 
   What is not intact is passed over with a warning: a run that goes on or was
   killed may leave its newest folder unfinished.
@@ -324,7 +324,7 @@ def load_params(
   for folder in candidates:
     info = _read_intact(folder)
     if info is not None:
-      return _read_params(folder, info, prefixes)
+      return _read_params(folder, info, prefixes), info["iterator_state"]
   steps = sorted({step for step, _, _ in found})
   of = f" of step {which}" if isinstance(which, int) else ""
   of = f" with its {best_metric!r}" if which == "best" else of

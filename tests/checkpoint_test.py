@@ -377,7 +377,7 @@ def _save_params(directory, steps, metrics=None, **kwargs):
 
 
 def _params_step(directory, which, **kwargs):
-  found = checkpoint.load_params(directory, which, ("params",), **kwargs)
+  found, _ = checkpoint.load_params(directory, which, ("params",), **kwargs)
   return int(found["step"])
 
 

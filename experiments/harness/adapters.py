@@ -23,6 +23,7 @@ from rlhf_jax.models import lora
 from rlhf_jax.models.lora import LoraConfig
 
 _KIND = "adapter"
+INPUT = "base model"  # what messages call it, too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +66,7 @@ def init(
 
 def inputs(frozen: dict[str, Any]) -> dict[str, Any]:
   """What a resumed run must find as it was: it is in no checkpoint."""
-  return {"base model": frozen["base"]} if frozen else {}
+  return {INPUT: frozen["base"]} if frozen else {}
 
 
 def merged(

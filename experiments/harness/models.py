@@ -23,11 +23,12 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from experiments.harness import buckets
+from experiments.harness import adapters, buckets
 from experiments.harness import compute as compute_lib
 from experiments.harness import config as config_lib
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.fingerprint import fingerprint
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import lora
@@ -81,6 +82,32 @@ def expand(place: str) -> str:
   return re.sub(r"\$\{(\w+)\}", value, place)
 
 
+def check_syntax(place: str) -> None:
+  """Checks that what looks like a place of others' models is one.
+
+  Raises:
+    ConfigError: with the syntax that it should have.
+  """
+  if place.startswith("peft:") and not PEFT.fullmatch(place):
+    raise ConfigError(
+        f"{place!r}: a model with an adapter is peft:ADAPTER:hf:FOLDER"
+    )
+  if place == HUGGING_FACE:
+    raise ConfigError(f"{place!r} names no folder: it is hf:FOLDER")
+
+
+def advice(place: str) -> str:
+  """What to name instead of a folder that holds no finished model."""
+  config = pathlib.Path(place) / "config.json"
+  # A stage has a config.json too.
+  if config.is_file() and '"model_type"' in config.read_text(encoding="utf-8"):
+    return f"did you mean {HUGGING_FACE}{place}?"
+  return (
+      "name the workdir of a stage that ended, or for a policy one of its "
+      "checkpoints as FOLDER@STEP, FOLDER@last or FOLDER@best"
+  )
+
+
 def save_policy(folder: pathlib.Path, policy: Policy) -> None:
   """Writes a policy that `load_policy(folder)` reads."""
   policy.tokenizer.save(folder / "tokenizer")
@@ -99,7 +126,7 @@ def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
     compute: how the stage computes with it; None is as it was saved.
 
   Raises:
-    ConfigError: it cannot be computed with so.
+    ConfigError: it is no place, or cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
@@ -108,6 +135,7 @@ def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
 
 def _load_policy(place: str) -> Policy:
   place = expand(place)
+  check_syntax(place)
   if place.startswith(LLAMA2C):
     model_path, _, tokenizer_path = place.removeprefix(LLAMA2C).partition(":")
     try:
@@ -130,9 +158,11 @@ def load_tokenizer(place: str) -> Tokenizer:
 
   Raises:
     FileNotFoundError: none is there.
+    ConfigError: it is no place.
     TokenizerError: it is damaged.
   """
   place = expand(place)
+  check_syntax(place)
   if place.startswith(LLAMA2C):
     return Tokenizer.from_sentencepiece(
         place.removeprefix(LLAMA2C).partition(":")[2]
@@ -150,12 +180,19 @@ def load_tokenizer(place: str) -> Tokenizer:
     # Not ended: it has the tokenizer of what it started from.
     config = json.loads(path.read_text(encoding="utf-8"))
     if config.get("init_from"):
-      beside = f"{stage.resolve().parent}/"
-      return load_tokenizer(config["init_from"].replace(RUN, beside))
+      return load_tokenizer(started_from(stage, config))
   raise FileNotFoundError(
-      f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); name "
-      "the workdir of a stage that ended"
+      f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); "
+      + advice(place)
   )
+
+
+def started_from(
+    stage: str | pathlib.Path, stage_config: dict[str, Any]
+) -> str:
+  """The place that a stage started from, wherever its run lies now."""
+  beside = f"{pathlib.Path(stage).resolve().parent}/"
+  return stage_config["init_from"].replace(RUN, beside)
 
 
 def _load_peft(adapter_folder: str, place: str) -> Policy:
@@ -187,8 +224,7 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
-    beside = f"{pathlib.Path(stage).resolve().parent}/"
-    policy = load_policy(config["init_from"].replace(RUN, beside))
+    policy = load_policy(started_from(stage, config), _compute_of(config))
   # Language models have their loop in the section that they share.
   loop = config.get("train", config)["loop"]
   if which == "best" and not loop["best_metric"]:
@@ -196,7 +232,7 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
         f"{place}: the stage kept no best checkpoint: its loop.best_metric is "
         "''"
     )
-  params = checkpoint.load_params(
+  params, saved = checkpoint.load_params(
       pathlib.Path(stage) / "checkpoints",
       int(which) if which.isdigit() else which,
       prefixes=("train.params.policy", "params"),
@@ -204,8 +240,34 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
       best_mode=loop["best_mode"],
   )
   if adapter is not None:
+    _check_base(stage, started_from(stage, config), policy, saved["inputs"])
     params = lora.merge(policy.params, params["adapter"], adapter.scale)
   return dataclasses.replace(policy, params=params)
+
+
+def _check_base(
+    stage: str, base: str, policy: Policy, inputs: dict[str, str]
+) -> None:
+  """An adapter on other weights is another model, without a word."""
+  if (pathlib.Path(stage) / "adapter").is_dir():
+    wanted = adapters.load(stage).base
+    found = fingerprint(policy.params["trunk"])
+  else:
+    wanted, found = inputs[adapters.INPUT], fingerprint(policy.params)
+  if found != wanted:
+    raise checkpoint.CheckpointError(
+        f"{stage} trained an adapter on {base}, whose weights are others now: "
+        f"their fingerprint is {found[:12]} and was {wanted[:12]}. Put back "
+        "what was there"
+    )
+
+
+def _compute_of(stage_config: dict[str, Any]) -> ComputeConfig | None:
+  if "compute" not in stage_config:
+    return None
+  # Its attention backend may not be on this machine.
+  section = stage_config["compute"] | {"attention_backend": "auto"}
+  return config_lib.from_config(ComputeConfig, section, "compute")
 
 
 def _adapter_config(stage_config: dict[str, Any]) -> lora.LoraConfig | None:
@@ -238,11 +300,12 @@ def load_reward_model(
     compute: how the stage computes with it; None is as it was saved.
 
   Raises:
-    ConfigError: it cannot be computed with so.
+    ConfigError: it is no place, or cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
   """
   place = expand(place)
+  check_syntax(place)
   config, params, tokenizer, extra = _load(place, "reward_model")
   model = RewardModel(
       config=config,
@@ -273,9 +336,8 @@ def _load(place: str, kind: str):
   folder = pathlib.Path(place) / "model"
   if not folder.is_dir():
     raise FileNotFoundError(
-        f"{place} holds no finished model ({folder} is not there); name the "
-        "workdir of a stage that ended, or for a policy one of its checkpoints "
-        "as FOLDER@STEP, FOLDER@last or FOLDER@best"
+        f"{place} holds no finished model ({folder} is not there); "
+        + advice(place)
     )
   config, params, extra = checkpoint.load_model(folder)
   _check_kind(place, extra["kind"], kind)

@@ -66,6 +66,7 @@ def _check_place(place: str) -> None:
   if not place:
     raise ConfigError("names no place")
   place = models.expand(place)
+  models.check_syntax(place)
   if place.startswith(models.LLAMA2C):
     for path in place.removeprefix(models.LLAMA2C).partition(":")[::2]:
       _check_file(path)
@@ -79,8 +80,7 @@ def _check_place(place: str) -> None:
     _check_exists(checkpoint[1])
   elif not (pathlib.Path(place) / "model").is_dir():
     raise ConfigError(
-        f"{place} holds no finished model; name the workdir of a stage that "
-        "ended"
+        f"{place} holds no finished model; {models.advice(place)}"
     )
 
 

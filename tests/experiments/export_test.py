@@ -38,7 +38,7 @@ def test_a_trained_policy_comes_back_bitwise_with_its_tokenizer(
   config = json.loads((folder / "config.json").read_text())
   assert config["architectures"] == ["LlamaForCausalLM"]
   assert config["eos_token_id"] == ours.tokenizer.eos_id
-  with pytest.raises(cli.UserError, match="holds a model already"):
+  with pytest.raises(cli.UserError, match="holds config.json, .* already"):
     export.export(str(finished_run / "ppo"), "llama", str(folder), "policy")
 
 
@@ -47,7 +47,7 @@ def test_a_bucket_holds_a_model_with_its_tokenizer(finished_run, tmp_path):
     export.export(
         str(finished_run / "sft"), "llama", "gs://bucket/out", "policy"
     )
-    with pytest.raises(cli.UserError, match="holds a model already"):
+    with pytest.raises(cli.UserError, match="holds config.json, .* already"):
       export.export(
           str(finished_run / "sft"), "llama", "gs://bucket/out", "policy"
       )
@@ -57,6 +57,39 @@ def test_a_bucket_holds_a_model_with_its_tokenizer(finished_run, tmp_path):
   ours = models.load_policy(str(finished_run / "sft"))
   jax.tree.map(np.testing.assert_array_equal, back.params, ours.params)
   assert back.tokenizer.encode("a cat\n") == ours.tokenizer.encode("a cat\n")
+
+
+def test_nothing_of_another_model_is_touched(finished_run, tmp_path):
+  place = str(finished_run / "sft")
+  for name in ("tokenizer.model", "tokenizer.json", "model-01.safetensors"):
+    folder = tmp_path / name.replace(".", "_")
+    folder.mkdir()
+    (folder / name).write_text("mine")
+    (folder / "notes.txt").write_text("is no part of a model")
+    write = [export.export]
+    if name.endswith(".safetensors"):
+      write.append(export.export_adapter)
+    for function in write:
+      with pytest.raises(cli.UserError, match=f"holds {name} already"):
+        function(place, "llama", str(folder), "policy")
+    assert len(list(folder.iterdir())) == 2
+    assert (folder / name).read_text() == "mine"
+  with bucket.mocked(tmp_path):
+    with pytest.raises(cli.UserError, match="holds tokenizer.model already"):
+      export.export(place, "llama", "gs://bucket/tokenizer_model", "policy")
+
+
+@pytest.mark.parametrize(
+    "family, message", [("lama", "--family: model_type='lama' is none of"),
+                        ("gpt2", "the family cannot express this model: act")]
+)
+def test_a_family_is_checked_before_anything_is_written(
+    finished_run, tmp_path, family, message
+):
+  out = tmp_path / "out"
+  with pytest.raises(huggingface.FamilyError, match=message):
+    export.export(str(finished_run / "sft"), family, str(out), "policy")
+  assert not out.exists()
 
 
 def test_a_reward_model_keeps_the_differences_of_its_scores(

@@ -137,6 +137,19 @@ def test_a_stage_of_a_whole_run(tmp_path):
     inspect.find_stage(config, "sft", "")
 
 
+def test_a_stage_that_the_config_is_not_is_refused():
+  config = sft_config.get_config()
+  with pytest.raises(cli.UserError, match="that of the single stage sft; le"):
+    inspect.find_stage(config, "ppo", "")
+  assert inspect.find_stage(config, "sft", "")[0] == "sft"
+
+
+def test_a_config_is_required():
+  done = tiny.inspect()
+  assert done.returncode == 1 and "Traceback" not in done.stderr
+  assert "--config" in done.stderr
+
+
 def test_the_config_of_something_else_is_refused():
   with pytest.raises(cli.UserError, match="none of pretrain, sft, reward, ppo"):
     inspect.find_stage(ConfigDict({"policies": (), "prompts": {}}), "", "")

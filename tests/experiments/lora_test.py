@@ -13,6 +13,7 @@ import pytest
 from experiments import export, ppo, reward, sft
 from experiments.harness import adapters, cli, models, preflight, value_network
 from experiments.harness.config import ConfigError, from_config
+from rlhf_jax import checkpoint
 from rlhf_jax.models import functions, lora
 from rlhf_jax.models.families.hf_config import FamilyError
 from tests.experiments import tiny
@@ -150,7 +151,7 @@ def test_ppo_resumes_with_both_adapters(
 def _cut(run, tmp_path):
   """As a run that was killed after its checkpoint of step 2."""
   cut = shutil.copytree(run, tmp_path / "cut")
-  (cut / "finished.json").unlink()
+  (cut / "finished.json").unlink(missing_ok=True)
   for name in ("model", "adapter", "checkpoints/step_00000004"):
     shutil.rmtree(cut / name)
   assert tiny.last_checkpoint(cut)["step"] == 2
@@ -183,6 +184,37 @@ def test_another_base_in_place_is_noticed(sft_run, finished_run, tmp_path):
   )
   with pytest.raises(ConfigError, match="changed since: base model"):
     _stage(sft, finished_run, tmp_path / "sft", **changes)
+  # Ended, by the adapter's folder; and not, by the checkpoint.
+  message = "trained an adapter on .*pretrain, whose weights are others"
+  for place in (run, _cut(run, tmp_path)):
+    with pytest.raises(checkpoint.CheckpointError, match=message):
+      models.load_policy(f"{place}@last")
+  models.save_policy(base, policy)
+  models.load_policy(f"{tmp_path / 'cut'}@last")
+
+
+def test_checkpoints_are_computed_with_as_in_their_stage(
+    finished_run, tmp_path
+):
+  run = _stage(
+      sft,
+      finished_run,
+      tmp_path / "sft",
+      compute__dtype="bfloat16",
+      compute__param_dtype="bfloat16",
+  )
+  ended = models.load_policy(str(run))
+  last = models.load_policy(f"{run}@last")
+  assert last.config == ended.config and last.config.dtype == "bfloat16"
+  jax.tree.map(np.testing.assert_array_equal, last.params, ended.params)
+  for name in ("model", "adapter"):
+    shutil.rmtree(run / name)
+  # As of another machine, whose attention this one does not have.
+  path = run / "config.json"
+  path.write_text(path.read_text().replace('"auto"', '"cudnn"'))
+  last = models.load_policy(f"{run}@last")
+  assert last.config.param_dtype == last.config.dtype == "bfloat16"
+  jax.tree.map(np.testing.assert_array_equal, last.params, ended.params)
 
 
 def test_reward_model_is_a_head_and_an_adapter(reward_run, finished_run):
@@ -372,6 +404,14 @@ def test_imported_adapter_is_a_start_for_another(
   export.export_adapter(str(again), "llama", str(tmp_path / "out"), "policy")
   config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
   assert config["base_model_name_or_path"] == str(base)
+  # Beside the stage, it is written down as @run/base.
+  beside = shutil.copytree(base, tmp_path / "base")
+  last = _stage(
+      sft, finished_run, tmp_path / "third", init_from=f"hf:{beside}"
+  )
+  export.export_adapter(str(last), "llama", str(tmp_path / "near"), "policy")
+  config = json.loads((tmp_path / "near" / "adapter_config.json").read_text())
+  assert config["base_model_name_or_path"] == str(beside)
   assert (run / "adapter").is_dir()
 
 
@@ -410,5 +450,9 @@ def test_what_cannot_be_exported_alone_is_told(
     write(finished_run / "sft")
   with pytest.raises(cli.UserError, match="adapter of a reward model"):
     write(reward_run)
-  with pytest.raises(cli.UserError, match="holds an adapter already"):
+  with pytest.raises(cli.UserError, match="@last: with --adapter, name the"):
+    write(f"{sft_run}@last")
+  with pytest.raises(FileNotFoundError, match="variable NO_SUCH is not set"):
+    write("${NO_SUCH}/sft")
+  with pytest.raises(cli.UserError, match="holds adapter_config.json, .*ad"):
     export.export_adapter(str(sft_run), "llama", str(exported[1]), "policy")

@@ -1,5 +1,6 @@
 """Where models are read from: stages, their checkpoints, files of others."""
 
+import dataclasses
 import json
 import struct
 
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 import sentencepiece
 
-from experiments.harness import models
+from configs import common
+from experiments.harness import models, preflight
+from experiments.harness.config import ConfigError
 from rlhf_jax import checkpoint
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
@@ -88,6 +91,27 @@ def test_checkpoints_of_a_stage_that_goes_on_are_places(
   assert step_of(policy, f"{stage}@{which}") == step
 
 
+def test_a_checkpoint_is_computed_with_as_in_its_stage(policy, tmp_path):
+  models.save_policy(tmp_path / "pretrain", policy)
+  half = dataclasses.replace(
+      policy,
+      params=jax.tree.map(lambda x: x.astype("bfloat16"), policy.params),
+  )
+  stage = tmp_path / "sft"
+  save_checkpoints(stage, half, {2: 0.5}, "@run/pretrain")
+  path = stage / "config.json"
+  section = common.compute(
+      dtype="bfloat16", param_dtype="bfloat16", remat=True,
+      attention_backend="cudnn",  # which is not on every machine
+  )
+  path.write_text(json.dumps(
+      json.loads(path.read_text()) | {"compute": section.to_dict()}
+  ))
+  config = models.load_policy(f"{stage}@last").config
+  assert config.dtype == config.param_dtype == "bfloat16" and config.remat
+  assert config.attention_backend == "auto"
+
+
 def test_an_unfinished_newest_checkpoint_is_passed_over(policy, stage):
   (stage / "checkpoints/step_00000030/checkpoint.json").unlink()
   assert step_of(policy, f"{stage}@last") == 20
@@ -104,6 +128,42 @@ def test_an_at_sign_in_a_path_is_part_of_it(policy, stage):
   assert step_of(policy, str(stage.parent / "pretrain")) == 1
   with pytest.raises(FileNotFoundError, match="me@lab/sft@lst holds .*@last"):
     models.load_policy(f"{stage}@lst")
+
+
+@pytest.mark.parametrize("place, message", [
+    ("peft:adapter:base", "adapter is peft:ADAPTER:hf:FOLDER"),
+    ("peft:adapter:hf:", "adapter is peft:ADAPTER:hf:FOLDER"),
+    ("hf:", "'hf:' names no folder"),
+])
+def test_what_is_no_place_is_told(place, message):
+  load = (models.load_policy, models.load_reward_model, models.load_tokenizer)
+  for function in load:
+    with pytest.raises(ConfigError, match=message):
+      function(place)
+  [problem] = preflight.problems("ppo", Named(place))
+  assert message.strip("'") in problem
+
+
+@dataclasses.dataclass
+class Named:
+  """A section with a place."""
+
+  init_from: str
+
+
+def test_a_folder_of_others_is_told_from_a_stage_that_goes_on(tmp_path, stage):
+  (tmp_path / "config.json").write_text('{"model_type": "llama"}')
+  message = f"did you mean hf:{tmp_path}"
+  load = (models.load_policy, models.load_reward_model, models.load_tokenizer)
+  for function in load:
+    with pytest.raises(FileNotFoundError, match=message):
+      function(str(tmp_path))
+    with pytest.raises(FileNotFoundError, match="name the workdir"):
+      function(str(stage.parent))
+  with pytest.raises(FileNotFoundError, match="or for a policy one of its"):
+    models.load_policy(str(stage))
+  [problem] = preflight.problems("ppo", Named(str(tmp_path)))
+  assert message in problem
 
 
 # ---- The model and its tokenizer ---------------------------------------------

@@ -206,6 +206,17 @@ def save_folder(
   (folder / "config.json").write_text(json.dumps(theirs, indent=2) + "\n")
 
 
+def check_expressible(
+    config: TransformerConfig, *, family: str, kind: Kind = "policy"
+) -> None:
+  """Checks what `save_folder` would, before anything is written.
+
+  Raises:
+    FamilyError: the family cannot express this model; names the fields.
+  """
+  _their_config(find_family(family, "family"), family, config, kind, {})
+
+
 def _their_config(
     module: ModuleType,
     family: str,

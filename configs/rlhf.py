@@ -22,7 +22,7 @@ continuations of stories happier; judged by a second reward model, trained from
 the base model on other sentences, that PPO never sees.
 
 :lora has adapters of rank 8 in SFT, reward model and PPO, at three times the
-learning rates. Expect a true reward of 0.43 (SFT) and 0.6 (PPO).
+learning rates. Expect a true reward of 0.45 (SFT) and 0.63 (PPO), three seeds.
 
 Each takes a seed: configs/rlhf.py:full,seed=3.
 """

@@ -74,7 +74,12 @@ def tree_bytes(tree: Any) -> int:
 
 
 def leaf_bytes(x: Any) -> int:
-  """Of one device's share; of all of it where nothing says how it is split."""
+  """Of one device's share; of all of it where nothing says how it is split.
+
+  A coefficient that is a Python number is nothing.
+  """
+  if isinstance(x, (int, float)):
+    return 0
   shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
   return math.prod(shape) * x.dtype.itemsize
 

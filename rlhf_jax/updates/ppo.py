@@ -70,6 +70,7 @@ from rlhf_jax.losses import (
 from rlhf_jax.losses import kl as kl_lib
 from rlhf_jax.losses import returns as returns_lib
 from rlhf_jax.metrics import Metrics
+from rlhf_jax.models import functions
 from rlhf_jax.models.functions import LanguageModelFns, PolicyValueFns
 from rlhf_jax.train_state import TrainState, create_train_state
 from rlhf_jax.types import (
@@ -150,24 +151,13 @@ def iteration_rng(state: PPOState) -> jax.Array:
   return jax.random.fold_in(state.train.rng, state.iteration)
 
 
-def whole_sequence(
-    rollout: Rollout,
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-  """Prompts and completions side by side, and their mask."""
-  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-  mask = jnp.concatenate(
-      [rollout.prompt_mask, rollout.completion_mask], axis=1
-  )
-  return tokens, mask
-
-
 def hidden_and_values(
     model: PolicyValueFns, params: Any, rollout: Rollout
 ) -> tuple[Float[Array, "B C D"], Float[Array, "B C"]]:
   """Of the positions P-1 .. P+C-2, each before a completion token."""
   last = rollout.completions.shape[1] + 1
   hidden, values = model.hidden_and_values(
-      params, *whole_sequence(rollout), last
+      params, *functions.whole_sequence(rollout), last
   )
   return hidden[:, :-1], values[:, :-1]
 
@@ -180,7 +170,9 @@ def make_score_rollout(
   def forward(params, ref_params, rollout, temperature):
     hidden, values = hidden_and_values(model, params, rollout)
     ref_hidden = ref_model.hidden(
-        ref_params, *whole_sequence(rollout), hidden.shape[1] + 1
+        ref_params,
+        *functions.whole_sequence(rollout),
+        hidden.shape[1] + 1,
     )[:, :-1]
 
     logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)

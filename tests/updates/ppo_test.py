@@ -354,10 +354,7 @@ def test_values_are_read_before_the_tokens_that_they_judge(scored):
   # completion there leaves it as it is.
   score = jax.jit(heads.ScalarModel(small.CONFIG).apply)
   rollout = scored.rollout
-  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-  mask = jnp.concatenate(
-      [rollout.prompt_mask, rollout.completion_mask], axis=1
-  )
+  tokens, mask = functions.whole_sequence(rollout)
   values = score({"params": small.scalar_params()}, tokens, mask)
   before = slice(small.P - 1, small.P + small.C - 1)
   np.testing.assert_allclose(scored.values, values[:, before], atol=1e-6)

@@ -59,6 +59,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
+from rlhf_jax import devices
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import (
   chunking,
@@ -231,7 +232,7 @@ def make_score_rollout(
         masking.masked_sum(x, mask, axis=1)
     )
     gap = jnp.abs(logprobs - rollout.logprobs)
-    metrics = {
+    metrics = devices.sum_over_devices({
         "ppo/score": metrics_lib.average(raw_score),
         "ppo/score_after_eos_rule": metrics_lib.average(score),
         "ppo/reward_sum": per_episode(unwhitened),
@@ -240,13 +241,15 @@ def make_score_rollout(
         "ppo/kl_k2": per_episode(kls["k2"]),
         "ppo/kl_k3": per_episode(kls["k3"]),
         "ppo/kl_exact": per_episode(kls["exact"]),
-        "ppo/kl_coef": metrics_lib.scalar(kl_coef),
         "ppo/entropy": metrics_lib.average(entropy, mask),
         "ppo/completion_length": metrics_lib.average(mask.sum(axis=1)),
         "ppo/ended": metrics_lib.average(rollout.ended),
         "ppo/value": metrics_lib.average(values, mask),
-        "ppo/explained_variance": metrics_lib.scalar(1 - residual / spread),
         "ppo/rollout_logprob_gap": metrics_lib.average(gap, mask),
+    })
+    metrics |= {
+        "ppo/kl_coef": metrics_lib.scalar(kl_coef),
+        "ppo/explained_variance": metrics_lib.scalar(1 - residual / spread),
     }
     scored = ScoredRollout(
         rollout=rollout,
@@ -363,10 +366,13 @@ def make_ppo_update(
 
   def minibatch_step(train, minibatch, cfg, frozen):
     scored, ptx = minibatch
-    num_tokens = scored.rollout.completion_mask.sum().astype(jnp.float32)
+    num_tokens = devices.sum_over_devices(
+        scored.rollout.completion_mask.sum().astype(jnp.float32)
+    )
     num_targets = None
     if ptx is not None:
-      num_targets = jnp.maximum(ptx.loss_mask[:, 1:].sum(), 1)
+      num_targets = devices.sum_over_devices(ptx.loss_mask[:, 1:].sum())
+      num_targets = jnp.maximum(num_targets, 1)
 
     def objective(params, microbatch):
       scored, ptx = microbatch
@@ -391,6 +397,8 @@ def make_ppo_update(
     if "adapter_dropout" in frozen:
       raise ValueError("PPO takes no adapter_dropout: train it without")
     rng = jax.random.fold_in(iteration_rng(state), 1)
+    # A device's own rows become those that the permutation gives it.
+    scored = devices.gather_rows(scored)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
 
@@ -409,7 +417,7 @@ def make_ppo_update(
       return (train, stopped), metrics
 
     def one_epoch(carry, rng_epoch):
-      order = jax.random.permutation(rng_epoch, num_rows)
+      order = devices.own_rows(jax.random.permutation(rng_epoch, num_rows))
       shuffled = jax.tree.map(lambda x: x[order], scored)
       parts = gradient.split_rows(shuffled, cfg.num_minibatches)
       return jax.lax.scan(one_minibatch, carry, (parts, ptx_parts))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads, lora, partitioning
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.types import Rollout
 
@@ -96,6 +96,7 @@ def _with_wide_head(params: Any, config: TransformerConfig) -> Any:
     return {**params, "head": {"kernel": kernel}}
   trunk = params["trunk"]
   embedding = trunk["token_embedding"].astype(jnp.float32)
+  embedding = partitioning.constrain(embedding, "tied_head")
   return {**params, "trunk": {**trunk, "token_embedding": embedding}}
 
 

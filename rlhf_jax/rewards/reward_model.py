@@ -72,10 +72,7 @@ def _closed(
   The first of `eos_ids` is put there; a completion that ends with any of them
   has its end.
   """
-  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-  mask = jnp.concatenate(
-      [rollout.prompt_mask, rollout.completion_mask], axis=1
-  )
+  tokens, mask = functions.whole_sequence(rollout)
   last = masking.last_index(mask)[:, None]
   final = jnp.take_along_axis(tokens, last, axis=1)
   has_end = jnp.isin(final, jnp.asarray(eos_ids, tokens.dtype))

@@ -3,14 +3,15 @@
 Params are zeros: no weights are needed, and none of the programs takes another
 path for what is in them, but that completions differ in length.
 
-    CPU    how much the process's resident memory grows (the kernel's own
-           count, VmHWM, reset before each program): of all simulated devices
-           together
+    CPU    how far the process's resident memory rises while a program runs
+           above what it was before there were models: the kernel's own count
+           (VmHWM, reset before each program), of all simulated devices
+           together. What the C library keeps for later is given back first.
+           Scratch of matrix libraries, which no compiler lays out, is in it.
     GPU    the allocator's peak_bytes_in_use, of one device, over the iteration
            as far as it has come: programs after the largest do not show
 
-Memory that the C library keeps for later is given back before each reading, so
-that a program's bytes are its own.
+What is compared is the peak of a plan, without its code.
 """
 
 import ctypes
@@ -23,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from experiments.harness import plan_programs
+from experiments.harness.plan_programs import Program
 from experiments.harness.planner import Plan
 
 _STATUS = pathlib.Path("/proc/self/status")
@@ -31,11 +33,7 @@ _MMAP_THRESHOLD = -3  # of mallopt, from malloc.h
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Measured:
-  """Of one program: bytes a device.
-
-  predicted: for the CPU what a program adds while it runs; for a GPU the peak
-    with all that is there.
-  """
+  """The peak of one program: bytes a device."""
 
   name: str
   predicted: float
@@ -53,95 +51,106 @@ def measure(config: Any, mesh: jax.sharding.Mesh, plan: Plan) -> list[Measured]:
   Raises:
     ValueError: this platform counts nothing that could be read.
   """
-  platform = mesh.devices.flat[0].platform
-  if platform == "cpu" and _STATUS.exists():
-    return _Cpu(mesh).run(config, plan)
-  if mesh.devices.flat[0].memory_stats():
-    return _Allocator(mesh).run(config, plan)
-  raise ValueError(f"nothing counts the memory of a {platform} here")
+  counter = _counter(mesh)
+  iteration = plan_programs.make_iteration(config, mesh)
+  counter.start()
+  residents = _zeros(iteration.residents)
+  found = []
+  for counts in (False, True):
+    outputs = {}
+    for program, planned in zip(
+        iteration.programs, plan.programs, strict=True
+    ):
+      args = _args(program, residents, outputs)
+      counter.before()
+      result = jax.block_until_ready(program.call(*args.values()))
+      del args
+      if counts:
+        found.append(
+            Measured(
+                name=program.name,
+                predicted=planned.peak - planned.code,
+                measured=counter.peak(),
+            )
+        )
+      if program.name == "update":
+        residents["state"] = result[0]
+      outputs[program.name] = result
+      del result
+  return found
 
 
-class _Iteration:
-  """An iteration on zeros; what is measured is for those below to say."""
-
-  def __init__(self, mesh: jax.sharding.Mesh):
-    self._mesh = mesh
-
-  def run(self, config: Any, plan: Plan) -> list[Measured]:
-    iteration = plan_programs.make_iteration(config, self._mesh)
-    self.before_models()
-    residents = _zeros(iteration.residents)
-    found = [self.after_models(residents, plan)]
-    for measured in (False, True):
-      outputs = {}
-      for program, planned in zip(
-          iteration.programs, plan.programs, strict=True
-      ):
-        args = self._args(program, residents, outputs)
-        self.before(program)
-        result = jax.block_until_ready(program.call(*args.values()))
-        del args
-        if measured:
-          found.append(self.after(planned))
-        if program.name == "update":
-          residents["state"] = result[0]
-        outputs[program.name] = result
-        del result
-    return [x for x in found if x is not None]
-
-  def _args(self, program, residents, outputs) -> dict[str, Any]:
-    state, frozen = residents["state"], residents["frozen"]
-    known = {
-        "state": state,
-        "frozen": frozen,
-        "ref_params": residents["ref_params"],
-        "kl_coef": state.kl_coef,
-    }
-    if program.name == "reward":
-      known["params"] = residents["reward_params"]
-    elif program.name == "score":
-      known["params"] = frozen | state.train.params
-      known["rollout"] = outputs["rollout"]
-    elif program.name == "update":
-      known["scored"] = outputs["score"][0]
-    return {
-        name: known[name] if name in known else _zeros(x)
-        for name, x in program.args.items()
-    }
+def _args(
+    program: Program, residents: dict[str, Any], outputs: dict[str, Any]
+) -> dict[str, Any]:
+  """What the program takes: of the programs before it where that is known."""
+  state, frozen = residents["state"], residents["frozen"]
+  known = {
+      "state": state,
+      "frozen": frozen,
+      "ref_params": residents["ref_params"],
+      "kl_coef": state.kl_coef,
+  }
+  if program.name == "reward":
+    known["params"] = residents["reward_params"]
+  elif program.name == "score":
+    known["params"] = frozen | state.train.params
+    known["rollout"] = outputs["rollout"]
+  elif program.name == "update":
+    known["scored"] = outputs["score"][0]
+  return {
+      name: known[name] if name in known else _zeros(x)
+      for name, x in program.args.items()
+  }
 
 
-class _Cpu(_Iteration):
-  """By the kernel's count of the process."""
+# ---- What counts -------------------------------------------------------------
 
-  def __init__(self, mesh: jax.sharding.Mesh):
-    super().__init__(mesh)
+
+def _counter(mesh: jax.sharding.Mesh):
+  first = mesh.devices.flat[0]
+  if first.platform == "cpu" and _STATUS.exists():
+    return _Process(mesh.size)
+  if first.memory_stats():
+    return _Allocator(first)
+  raise ValueError(f"nothing counts the memory of a {first.platform} here")
+
+
+class _Process:
+  """The kernel's count of this process, for each of its devices."""
+
+  def __init__(self, num_devices: int):
     # Large arrays go back to the kernel when they are freed, as they do by
     # themselves before the C library has learnt that they come again.
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**17)
+    self._num_devices = num_devices
     self._start = 0
 
-  def before_models(self) -> None:
+  def start(self) -> None:
     self._start = _settle()
 
-  def after_models(self, residents: Any, plan: Plan) -> Measured:
-    del residents
-    return Measured(
-        name="models",
-        predicted=sum(plan.residents.values()),
-        measured=(_settle() - self._start) / self._mesh.size,
-    )
-
-  def before(self, program) -> None:
-    del program
-    self._start = _settle()
+  def before(self) -> None:
+    _settle()
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
-  def after(self, planned) -> Measured:
-    return Measured(
-        name=planned.name,
-        predicted=planned.outputs + planned.temporaries,
-        measured=(_read("VmHWM") - self._start) / self._mesh.size,
-    )
+  def peak(self) -> float:
+    return (_read("VmHWM") - self._start) / self._num_devices
+
+
+class _Allocator:
+  """The allocator's count of one device, which only rises."""
+
+  def __init__(self, device: jax.Device):
+    self._device = device
+
+  def start(self) -> None:
+    """Nothing: it counts arrays alone, and there are none."""
+
+  def before(self) -> None:
+    """Nothing: it cannot be reset."""
+
+  def peak(self) -> float:
+    return self._device.memory_stats()["peak_bytes_in_use"]
 
 
 def _settle() -> int:
@@ -165,20 +174,11 @@ class _Allocator(_Iteration):
   def before_models(self) -> None:
     pass
 
-  def after_models(self, residents: Any, plan: Plan) -> None:
-    del residents, plan
+  def before(self) -> None:
+    pass
 
-  def before(self, program) -> None:
-    del program
-
-  def after(self, planned) -> Measured:
-    stats = self._mesh.devices.flat[0].memory_stats()
-    return Measured(
-        name=planned.name,
-        # Code is not the allocator's.
-        predicted=planned.peak - planned.code,
-        measured=stats["peak_bytes_in_use"],
-    )
+  def peak(self) -> float:
+    return self._mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]
 
 
 def _zeros(tree: Any) -> Any:
@@ -197,8 +197,3 @@ def _zero(x: Any) -> Any:
       lambda: jnp.full(x.shape, fill, x.dtype), out_shardings=x.sharding
   )
   return make()
-
-
-def worst(found: list[Measured]) -> Measured:
-  """The prediction that is furthest off."""
-  return max(found, key=lambda x: abs(x.error))

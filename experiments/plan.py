@@ -67,7 +67,7 @@ def main(argv):
     raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
   cli.quiet_third_parties()
   with cli.told_errors():
-    sys.exit(0 if run(_CONFIG.value, _name()) else 1)
+    sys.exit(0 if write_plan(_CONFIG.value, _name()) else 1)
 
 
 def _name() -> str:
@@ -79,7 +79,7 @@ def _name() -> str:
   return "ppo"
 
 
-def run(raw_config, name: str) -> bool:
+def write_plan(raw_config, name: str) -> bool:
   """Prints and writes a plan, or a sweep; whether something fits."""
   try:
     target = make_target(_TOPOLOGY.value)

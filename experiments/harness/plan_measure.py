@@ -168,19 +168,6 @@ def _read(field: str) -> int:
   raise ValueError(f"{_STATUS} has no {field}")
 
 
-class _Allocator(_Iteration):
-  """By the allocator of the first device."""
-
-  def before_models(self) -> None:
-    pass
-
-  def before(self) -> None:
-    pass
-
-  def peak(self) -> float:
-    return self._mesh.devices.flat[0].memory_stats()["peak_bytes_in_use"]
-
-
 def _zeros(tree: Any) -> Any:
   """Arrays of these shapes where they lie; keys are keys, numbers stay."""
   return jax.tree.map(_zero, tree)

@@ -55,13 +55,13 @@ def compiled(
   except (OSError, EOFError, ValueError, TypeError):
     pass  # Not there, or not whole.
   try:
-    program = memory.compile_program(lowered)
+    program, text = memory.compile_program(lowered)
   except TooLarge as error:
     found = Compiled(memory=None, text="", refusal=error, was_cached=False)
   else:
     found = Compiled(
         memory=memory.memory_use(program),
-        text=program.as_text(),
+        text=text,
         refusal=None,
         was_cached=False,
     )

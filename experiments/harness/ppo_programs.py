@@ -23,8 +23,10 @@ from rlhf_jax.updates import ppo
 class Programs:
   """Jitted, so that each can be called, or lowered for shapes.
 
-  rollout: (state, prompt batch, sampling, frozen) -> Rollout
-  score: (params, ref_params, rollout, score, kl_coef, cfg) -> (scored, metrics)
+  rollout: (state, prompt batch, sampling, frozen, ahead) -> Rollout, of the
+    iteration that comes `ahead` after the state's.
+  score: (params, ref_params, rollout, score, kl_coef, cfg, ref_hidden=None) ->
+    (scored, metrics)
   update: (state, scored, ptx, cfg, frozen) -> (state, metrics); the state is
     donated.
   """
@@ -58,14 +60,15 @@ def make_programs(
   ref_model = functions.make_language_model(ref_config)
   generate = decode.make_generate(heads.LanguageModel(policy_config))
 
-  def rollout(state, batch, sampling, frozen):
-    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
+  def rollout(state, batch, sampling, frozen, ahead=0):
+    rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)
     params = frozen | state.train.params["policy"]
     return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
 
   rows = sharding.rows(mesh)
+  places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
-      rollout=jax.jit(rollout, out_shardings=rows),
+      rollout=jax.jit(rollout, out_shardings=rows, static_argnames="ahead"),
       score=jax.jit(
           ppo.make_score_rollout(model, ref_model), out_shardings=(rows, None)
       ),
@@ -73,7 +76,8 @@ def make_programs(
           ppo.make_ppo_update(model, tx),
           donate_argnums=0,
           out_shardings=(
-              sharding.shardings_of(state, state_rules(rules), mesh),
+              # Of a rollout, if there is one.
+              dataclasses.replace(places, pending=rows),
               None,
           ),
       ),

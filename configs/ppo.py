@@ -44,6 +44,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           sharding=common.sharding(
               "policy", "value", "ref_policy", "reward_model"
           ),
+          parallelism="jit",
           ptx_documents=common.source(""),
           ptx_batch_size=0,
           ptx_seq_len=0,

@@ -35,6 +35,7 @@ from experiments.harness import (
 )
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.parallelism import Parallelism, check_parallelism
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -64,6 +65,7 @@ class Config:
     value_init='reward_model' needs a reward model with an adapter on them.
   rollout_batch_size: episodes an iteration, over all devices.
   mesh, sharding: over which devices and how, see `harness/devices.py`.
+  parallelism: jit or pmap, see `harness/parallelism.py`.
   samples: also fixes prompt and completion lengths; its temperature is that of
     evaluation, ppo.temperature that of training.
   ptx_documents: pretraining text for ppo.ptx_coef (source '' if that is 0).
@@ -82,6 +84,7 @@ class Config:
   rollout_batch_size: int
   mesh: MeshConfig
   sharding: devices.PPOSharding
+  parallelism: Parallelism
   ptx_documents: sources.SourceConfig
   ptx_batch_size: int
   ptx_seq_len: int
@@ -109,6 +112,9 @@ class Config:
         self.samples.max_prompt_length + self.samples.max_completion_length,
         self.mesh,
         "samples.max_prompt_length + samples.max_completion_length",
+    )
+    check_parallelism(
+        self.parallelism, self.mesh.sizes(jax.device_count())
     )
     if self.ppo.ptx_coef:
       checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})
@@ -274,6 +280,7 @@ def run(config: Config, workdir: str) -> None:
       state,
       mesh,
       config.sharding,
+      config.parallelism,
   )
   task = loop.Task(
       name="ppo",

@@ -26,6 +26,7 @@ LAYERS = {
     "metrics": 2,
     "array_folder": 2,
     "checkpoint": 2,
+    "planning": 2,
     "updates": 3,
     "rewards": 3,
     "feedback": 3,
@@ -114,6 +115,7 @@ SAME_LAYER = {
     ("generation", "models"),  # decodes with a model
     ("checkpoint", "array_folder"),
     ("train_state", "metrics"),
+    ("planning", "models"),  # counts the matmuls that a config asks for
     ("rewards", "data"),  # a tokenizer, to read text again
     ("rewards", "evaluation"),
     ("feedback", "data"),

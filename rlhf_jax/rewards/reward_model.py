@@ -17,6 +17,18 @@ from rlhf_jax.rewards.episodes import Episodes, RewardFn
 from rlhf_jax.types import Rollout, ScoreNormalization
 
 
+def make_score_program(config: TransformerConfig):
+  """Jitted (params, normalization, tokens [N, T], mask [N, T]) -> score [N]."""
+  score_fn = functions.make_score_fn(config)
+
+  @jax.jit
+  def score(params, normalization, tokens, mask):
+    raw = score_fn(params, tokens, mask)
+    return normalization.gain * raw + normalization.bias
+
+  return score
+
+
 def make_reward_model(
     config: TransformerConfig,
     params: Any,
@@ -34,13 +46,7 @@ def make_reward_model(
   Raises (when called):
     LengthError: if an episode is longer than the reward model's max_length.
   """
-  score_fn = functions.make_score_fn(config)
-
-  @jax.jit
-  def score(params, normalization, tokens, mask):
-    raw = score_fn(params, tokens, mask)
-    return normalization.gain * raw + normalization.bias
-
+  score = make_score_program(config)
   close = jax.jit(functools.partial(_closed, eos_ids=tokenizer.eos_ids))
 
   def reward(episodes: Episodes):

@@ -55,4 +55,5 @@ def test_a_stage_by_pmap_is_that_of_one_device(name, finished_run, tmp_path):
     run(name, finished_run, rest, parallelism, num_devices)
     assert_as(rest, one, name)
     saved = json.loads((rest / "config.json").read_text())
-    assert saved.get("train", saved)["parallelism"] == parallelism
+    part = saved["train"] if name == "sft" else saved
+    assert part["parallelism"] == parallelism

@@ -175,6 +175,7 @@ def language_model_training(
           seq_len=128,
           mesh=mesh(),
           sharding=sharding("policy"),
+          parallelism="jit",
           optimizer=optimizer(
               learning_rate,
               schedule="cosine",

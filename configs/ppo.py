@@ -55,6 +55,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               reward_model=common.on_the_policys_devices(),
           ),
           overlap=0,
+          parallelism="jit",
           ptx_documents=common.source(""),
           ptx_batch_size=0,
           ptx_seq_len=0,

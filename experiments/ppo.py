@@ -35,6 +35,7 @@ from experiments.harness import (
 )
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.parallelism import Parallelism, check_parallelism
 from experiments.harness.reference import Reference
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
@@ -68,6 +69,7 @@ class Config:
   placement: reference policy and reward model may have devices of their own.
   overlap: 1 samples the next rollout while this one is scored, by a policy that
     is one update older (with ppo.importance_correction); 0 takes turns.
+  parallelism: jit or pmap, see `harness/parallelism.py`.
   samples: also fixes prompt and completion lengths; its temperature is that of
     evaluation, ppo.temperature that of training.
   ptx_documents: pretraining text for ppo.ptx_coef (source '' if that is 0).
@@ -88,6 +90,7 @@ class Config:
   sharding: devices.PPOSharding
   placement: devices.PlacementConfig
   overlap: Literal[0, 1]
+  parallelism: Parallelism
   ptx_documents: sources.SourceConfig
   ptx_batch_size: int
   ptx_seq_len: int
@@ -117,6 +120,9 @@ class Config:
         self.samples.max_prompt_length + self.samples.max_completion_length,
         self.mesh,
         "samples.max_prompt_length + samples.max_completion_length",
+    )
+    check_parallelism(
+        self.parallelism, self.mesh.sizes(jax.device_count())
     )
     if self.ppo.ptx_coef:
       checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})
@@ -313,6 +319,7 @@ def run(config: Config, workdir: str) -> None:
       state,
       mesh,
       config.sharding,
+      config.parallelism,
   )
   step = Step(
       config, programs, policy, reference, reward_fn, meshes, frozen

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from experiments.harness.devices import PPOSharding
+from experiments.harness.parallelism import Parallelism, compile_step
 from rlhf_jax import sharding
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
@@ -49,8 +50,11 @@ def make_programs(
     state: ppo.PPOState,
     mesh: jax.sharding.Mesh,
     rules: PPOSharding,
+    parallelism: Parallelism,
 ) -> Programs:
   """The three programs of an iteration.
+
+  Sampling has no sums over rows: it is split by jit whatever the parallelism.
 
   Args:
     value_config: None where the value network shares the policy's trunk.
@@ -69,12 +73,21 @@ def make_programs(
   places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
       rollout=jax.jit(rollout, out_shardings=rows, static_argnames="ahead"),
-      score=jax.jit(
-          ppo.make_score_rollout(model, ref_model), out_shardings=(rows, None)
+      score=compile_step(
+          ppo.make_score_rollout(model, ref_model),
+          parallelism,
+          mesh,
+          # The rollout, its score, and what the reference made of it.
+          rows=(2, 3, 6),
+          gives_rows=True,
+          out_shardings=(rows, None),
       ),
-      update=jax.jit(
+      update=compile_step(
           ppo.make_ppo_update(model, tx),
-          donate_argnums=0,
+          parallelism,
+          mesh,
+          rows=(1, 2),
+          donate=(0,),
           out_shardings=(
               # Of a rollout, if there is one.
               dataclasses.replace(places, pending=rows),

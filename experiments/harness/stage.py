@@ -31,6 +31,7 @@ MEMORY_FIELDS = (
     "head_chunk_size",
     "mesh",
     "num_microbatches",
+    "parallelism",
     "remat",
     "scan_unroll",
     "sharding",

@@ -64,7 +64,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import (
   chunking,
@@ -255,7 +255,7 @@ def make_score_rollout(
     importance = policy_gradient.truncated_importance_weight(
         logprobs, rollout.logprobs, cap=cfg.importance_cap
     )
-    metrics = devices.sum_over_devices({
+    metrics = collectives.sum_over_devices({
         "ppo/score": metrics_lib.average(raw_score),
         "ppo/score_after_eos_rule": metrics_lib.average(score),
         "ppo/reward_sum": per_episode(unwhitened),
@@ -394,12 +394,12 @@ def make_ppo_update(
 
   def minibatch_step(train, minibatch, cfg, frozen):
     scored, ptx = minibatch
-    num_tokens = devices.sum_over_devices(
+    num_tokens = collectives.sum_over_devices(
         scored.rollout.completion_mask.sum().astype(jnp.float32)
     )
     num_targets = None
     if ptx is not None:
-      num_targets = devices.sum_over_devices(ptx.loss_mask[:, 1:].sum())
+      num_targets = collectives.sum_over_devices(ptx.loss_mask[:, 1:].sum())
       num_targets = jnp.maximum(num_targets, 1)
 
     def objective(params, microbatch):
@@ -426,7 +426,7 @@ def make_ppo_update(
       raise ValueError("PPO takes no adapter_dropout: train it without")
     rng = jax.random.fold_in(iteration_rng(state), 1)
     # A device's own rows become those that the permutation gives it.
-    scored = devices.gather_rows(scored)
+    scored = collectives.gather_rows(scored)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
 
@@ -445,7 +445,7 @@ def make_ppo_update(
       return (train, stopped), metrics
 
     def one_epoch(carry, rng_epoch):
-      order = devices.own_rows(jax.random.permutation(rng_epoch, num_rows))
+      order = collectives.own_rows(jax.random.permutation(rng_epoch, num_rows))
       shuffled = jax.tree.map(lambda x: x[order], scored)
       parts = gradient.split_rows(shuffled, cfg.num_minibatches)
       return jax.lax.scan(one_minibatch, carry, (parts, ptx_parts))

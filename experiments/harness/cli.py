@@ -1,7 +1,8 @@
 """Flags, start and end of a binary; the work is its `run(config, workdir)`.
 
 What a user can mend (a config, a data file, a mismatched checkpoint) ends in
-one message and exit code 1; anything else keeps its traceback.
+one message and exit code 1; anything else keeps its traceback. A run that was
+told to stop has saved and ends with exit code 0.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.harness import config as config_lib
-from experiments.harness import loop
+from experiments.harness import lock, loop, metric_writer, stopping
 from rlhf_jax import checkpoint
 from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
 from rlhf_jax.models import lora
@@ -43,7 +44,9 @@ _EXPECTED = (
     hf_config.FamilyError,
     lora.LoraError,
     tensor_files.TensorFileError,
+    lock.WorkdirError,
     loop.NonFiniteError,
+    metric_writer.MetricsFileError,
     OSError,  # Files and folders that are not there, or not ours to use.
 )
 
@@ -62,7 +65,8 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
     quiet_third_parties()
-    with told_errors():
+    with told_errors(), told_stop():
+      stopping.listen()
       run(
           config_lib.from_config(config_class, config_file.value), workdir.value
       )
@@ -137,6 +141,15 @@ def told_errors():
   except _EXPECTED as error:
     print(f"\nerror: {error}", file=sys.stderr)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def told_stop():
+  """A run that stops because it was told to ends well."""
+  try:
+    yield
+  except stopping.Stopped as stopped:
+    logging.info("%s", stopped)
 
 
 def quiet_third_parties() -> None:

@@ -29,6 +29,10 @@ SAMPLES = "samples.jsonl"
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
+class MetricsFileError(ValueError):
+  """A file of metrics holds something else; names file and line."""
+
+
 class MetricWriter:
   """Appends to the files of one workdir. Made in one process only.
 
@@ -88,7 +92,7 @@ class MetricWriter:
     workdir starts afresh.
 
     Raises:
-      ValueError: a line other than the last is not JSON; names file and line.
+      MetricsFileError: a line other than the last is not JSON.
     """
     self._close_files()
     for name in (METRICS, TIMING, SAMPLES):
@@ -146,7 +150,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   A last line that was cut off by a kill is left out.
 
   Raises:
-    ValueError: another line is not JSON; names file and line.
+    MetricsFileError: another line is not JSON.
   """
   rows = []
   for _, row in _read_lines(pathlib.Path(path)):
@@ -165,7 +169,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
       row = json.loads(line)
       row["step"] = int(row["step"])
     except (ValueError, TypeError, KeyError) as e:
-      raise ValueError(
+      raise MetricsFileError(
           f"{path}:{number}: not a line of this file: {line[:80]!r}; delete"
           " the line or the file"
       ) from e

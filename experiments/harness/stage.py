@@ -5,6 +5,7 @@
                      fields that may change on the way, the latest
     versions.json    packages, commit, device and command
     finished.json    the stage's summary; its presence says that it is done
+    lock             held by the run that writes here, see `harness/lock.py`
 """
 
 import json
@@ -20,7 +21,7 @@ from absl import logging
 import jax
 
 from experiments.harness import config as config_lib
-from experiments.harness import models
+from experiments.harness import lock, models, stopping
 from rlhf_jax import checkpoint
 
 # What a run may be taken up with another value of: these decide what is kept
@@ -53,6 +54,7 @@ class Stage:
   Raises:
     checkpoint.ConfigMismatch: if the folder holds a run of another config, in
       more than `FREE_FIELDS`.
+    lock.WorkdirError: if another process is at work there, or nobody can be.
   """
 
   def __init__(self, workdir: str, config: Any, *, is_run: bool = False):
@@ -63,8 +65,11 @@ class Stage:
         if is_run
         else _portable(config, self.dir)
     )
-    self.dir.mkdir(parents=True, exist_ok=True)
+    stopping.check()
     self.finished = (self.dir / "finished.json").exists()
+    if not self.finished:
+      # Held while the stage lives.
+      self._lock = lock.hold(self.dir)
     path = self.dir / "config.json"
     if path.exists():
       self._compare(path)

@@ -40,7 +40,10 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               common.ASSISTANT, 32 if smoke else 128
           ),
           rollout_batch_size=32 if smoke else 128,
-          num_devices=1,
+          mesh=common.mesh(),
+          sharding=common.sharding(
+              "policy", "value", "ref_policy", "reward_model"
+          ),
           ptx_documents=common.source(""),
           ptx_batch_size=0,
           ptx_seq_len=0,

@@ -19,7 +19,7 @@ LAYERS = {
     "losses": 1,
     "models": 2,
     "generation": 2,
-    "sharding": 2,
+    "sharding": 1,
     "optim": 2,
     "train_state": 2,
     "metrics": 2,

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads, lora, partitioning
 from rlhf_jax.models.transformer import TransformerConfig
 
 
@@ -84,6 +84,7 @@ def _with_wide_head(params: Any, config: TransformerConfig) -> Any:
     return {**params, "head": {"kernel": kernel}}
   trunk = params["trunk"]
   embedding = trunk["token_embedding"].astype(jnp.float32)
+  embedding = partitioning.constrain(embedding, "tied_head")
   return {**params, "trunk": {**trunk, "token_embedding": embedding}}
 
 

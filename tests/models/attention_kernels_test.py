@@ -109,22 +109,22 @@ def test_splash_runs_on_each_devices_own_rows():
   segment_ids = jnp.asarray(np.tile(SEGMENT_IDS, (rows // B, 1)))
   attend = jax.jit(functools.partial(_attend, "splash", window=0))
   wanted = attend(*arrays, segment_ids)
-  mesh = sharding.make_mesh(rows)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=rows))
   split = sharding.shard_rows((*arrays, segment_ids), mesh)
   compiled = attend.lower(*split).compile()
   actual = compiled(*split)
   np.testing.assert_allclose(actual, wanted, atol=1e-6)
   # No device gathers another's rows.
   assert "all-gather" not in compiled.as_text()
-  assert actual.sharding.spec[0] == sharding.DATA_AXIS
+  assert actual.sharding.spec[0] == sharding.ROWS
 
 
 def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
   pytest.importorskip("libtpu", reason="libtpu compiles for TPUs")
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-  mesh = jax.sharding.Mesh(np.asarray(devices), (sharding.DATA_AXIS,))
-  rows = jax.NamedSharding(mesh, jax.P(sharding.DATA_AXIS))
+  mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
+  rows = jax.NamedSharding(mesh, jax.P("data"))
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
 
   def loss(query, key, value, segment_ids):

@@ -165,7 +165,7 @@ def test_microbatches_change_no_mask_of_dropout(num_microbatches):
 
 def test_devices_change_no_mask_of_dropout():
   one, _ = _sft(DROPOUT)
-  mesh = sharding.make_mesh(8)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
   eight, _ = sft_update(
       sharding.replicate(_sft_state(), mesh),
       sharding.shard_rows(small.lm_batch(), mesh),

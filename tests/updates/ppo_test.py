@@ -126,7 +126,7 @@ def test_microbatches_change_nothing_in_scoring_and_update(scored, updated):
 
 
 def test_devices_change_nothing_in_scoring_and_update(scored, updated):
-  mesh = sharding.make_mesh(8)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
   score_rollout, update = _programs()
   rollout = sharding.shard_rows(scored.rollout, mesh)
   state = sharding.replicate(_state(), mesh)

@@ -236,7 +236,12 @@ def run(config: Config, workdir: str) -> None:
   heldout_prompts = encode("heldout", config.heldout_prompts)
   ptx_rows = make_ptx_rows(config, reader)
   make_batches = lambda rows, batch_size: iter(
-      pipeline.make_dataset(rows, batch_size=batch_size, seed=config.seed)
+      pipeline.make_dataset(
+          rows,
+          batch_size=batch_size,
+          seed=config.seed,
+          local_rows=sharding.local_rows(mesh, batch_size),
+      )
   )
   batches = Batches(
       make_batches(prompts, config.rollout_batch_size),
@@ -302,7 +307,7 @@ def run(config: Config, workdir: str) -> None:
   params = adapters.merged(config.lora, frozen, trained)
   adapters.save(out.dir, config.lora, frozen, trained)
   models.save_policy(
-      out.dir, dataclasses.replace(policy, params=jax.device_get(params))
+      out.dir, dataclasses.replace(policy, params=sharding.to_host(params))
   )
   out.finish(evaluate(state)[0])
 

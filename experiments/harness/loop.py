@@ -34,8 +34,8 @@ from experiments.harness import stopping
 from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
 from experiments.harness.metric_writer import MetricWriter
-from experiments.harness.stage import FREE_FIELDS
-from rlhf_jax import checkpoint
+from experiments.harness.stage import FREE_FIELDS, is_first
+from rlhf_jax import checkpoint, sharding
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.updates.gradient import NONFINITE, NONFINITE_STEPS
 
@@ -181,6 +181,17 @@ def _restore(
     )
   task.batches.set_state(saved["batches"])
   writer.truncate_after(step)
+  for name, num_lines in saved["lines"].items():
+    if is_first() and writer.num_lines[name] < num_lines:
+      # Not by a kill: what is written before a checkpoint is there after it.
+      logging.warning(
+          "%s has lost lines of steps up to %d: %d of %d are left; the run "
+          "goes on, but what they said is gone",
+          pathlib.Path(workdir) / name,
+          step,
+          writer.num_lines[name],
+          num_lines,
+      )
   logging.info("%s: resumed at step %d", task.name, step)
   return step, {
       name: metrics_lib.Metric(
@@ -214,6 +225,7 @@ class _Loop:
         total=self.cfg.num_steps,
         desc=self.task.name,
         file=sys.stderr,
+        disable=not is_first(),
         mininterval=1.0 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
@@ -280,15 +292,16 @@ class _Loop:
 
   def _report_nonfinite(self, step, message, skipped, evidence) -> None:
     folder = self.workdir / "nonfinite"
-    folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.npz"
-    np.savez(
-        path,
-        **{
-            jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(x)
-            for key, x in jax.tree_util.tree_leaves_with_path(evidence)
-        },
-    )
+    arrays = {
+        jax.tree_util.keystr(key, simple=True, separator="."): x
+        for key, x in jax.tree_util.tree_leaves_with_path(
+            sharding.to_host(evidence)
+        )
+    }
+    if is_first():
+      folder.mkdir(exist_ok=True)
+      np.savez(path, **arrays)
     message = f"{self.task.name}: {message} Its batch is in {path}."
     if skipped >= self.cfg.max_nonfinite_steps:
       raise NonFiniteError(
@@ -349,6 +362,7 @@ class _Loop:
         {
             "batches": self.task.batches.get_state(),
             "inputs": self.fingerprints,
+            "lines": self.writer.num_lines,
             "totals": {
                 name: [float(metric.total), float(metric.count)]
                 for name, metric in self.totals.items()

@@ -27,12 +27,15 @@ ARGS = {
     "sft": ("full", "smoke"),
     "preferences": ("full", "smoke", "ranking"),
     "reward": ("full", "smoke", "ranking", "hh"),
-    "ppo": ("full", "smoke", "hacking"),
+    "ppo": (
+        "full", "smoke", "hacking", "pythia_1b", "pythia_6.9b",
+        "pythia_6.9b_shared", "llama3_8b", "llama3_70b",
+    ),
     "evaluate": ("full", "smoke"),
     "rlhf": ("full", "smoke", "hacking", "lora", "stories"),
 }
 # Which binary reads a config file that is not named after it.
-BINARY = {"stories": None, "common": None, "own": None}
+BINARY = {"stories": None, "common": None, "own": None, "scale": None}
 CONFIG_FILES = sorted((REPO / "configs").glob("*.py"))
 EACH = [(name, arg) for name in STAGES for arg in ARGS[name]]
 

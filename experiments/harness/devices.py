@@ -1,5 +1,8 @@
 """Over which devices a stage runs, and how its models lie on them."""
 
+from collections.abc import Iterator
+import contextlib
+import contextvars
 import dataclasses
 
 import jax
@@ -14,6 +17,24 @@ _OWN_RULES = {
     "value": partitioning.SCALAR_RULES,
     "reward_model": partitioning.SCALAR_RULES,
 }
+
+
+_planned = contextvars.ContextVar("planned", default=None)
+
+
+@contextlib.contextmanager
+def planned_for(num_devices: int) -> Iterator[None]:
+  """A config that is checked in here is for so many devices, here or not."""
+  token = _planned.set(num_devices)
+  try:
+    yield
+  finally:
+    _planned.reset(token)
+
+
+def _device_count() -> int:
+  planned = _planned.get()
+  return jax.device_count() if planned is None else planned
 
 
 class _Sharding:
@@ -73,7 +94,7 @@ def check_divides(
         f"{name}={batch_size} and its number of parts ({num_parts}) must be "
         "positive"
     )
-  num_devices = mesh.num_row_shards(jax.device_count())
+  num_devices = mesh.num_row_shards(_device_count())
   if batch_size % (num_parts * num_devices):
     raise ValueError(
         f"{name}={batch_size} does not divide into {num_parts} parts "
@@ -88,6 +109,6 @@ def check_length(length: int, mesh: MeshConfig, name: str) -> None:
   Raises:
     ValueError: with the numbers.
   """
-  num = mesh.sizes(jax.device_count())["sequence"]
+  num = mesh.sizes(_device_count())["sequence"]
   if length % num:
     raise ValueError(f"{name}={length} does not divide over {mesh}")

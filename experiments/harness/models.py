@@ -214,7 +214,7 @@ def load_tokenizer(place: str) -> Tokenizer:
   if match and path.exists():
     # Not ended: it has the tokenizer of what it started from.
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("init_from"):
+    if "init_from" in config:  # pretraining has none
       return load_tokenizer(started_from(stage, config))
   raise FileNotFoundError(
       f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); "
@@ -254,14 +254,14 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
   else:
     # Not ended: it has the shape and the tokenizer of what it started from. An
     # adapter has its base from there, ended or not.
-    if not config.get("init_from"):
+    if "init_from" not in config:
       raise FileNotFoundError(
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
     policy = load_policy(started_from(stage, config), _compute_of(config))
   # Language models have their loop in the section that they share.
-  loop = config.get("train", config)["loop"]
+  loop = (config["train"] if "train" in config else config)["loop"]
   if which == "best" and not loop["best_metric"]:
     raise FileNotFoundError(
         f"{place}: the stage kept no best checkpoint: its loop.best_metric is "

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 
 from experiments.harness import (
     adapters,
@@ -281,7 +280,12 @@ def run(config: Config, workdir: str) -> None:
   heldout_prompts = encode("heldout", config.heldout_prompts)
   ptx_rows = make_ptx_rows(config, reader)
   make_batches = lambda rows, batch_size: iter(
-      pipeline.make_dataset(rows, batch_size=batch_size, seed=config.seed)
+      pipeline.make_dataset(
+          rows,
+          batch_size=batch_size,
+          seed=config.seed,
+          local_rows=sharding.local_rows(mesh, batch_size),
+      )
   )
   batches = Batches(
       make_batches(prompts, config.rollout_batch_size),
@@ -349,7 +353,7 @@ def run(config: Config, workdir: str) -> None:
   params = adapters.merged(config.lora, frozen, trained)
   adapters.save(out.dir, config.lora, frozen, trained)
   models.save_policy(
-      out.dir, dataclasses.replace(policy, params=jax.device_get(params))
+      out.dir, dataclasses.replace(policy, params=sharding.to_host(params))
   )
   out.finish(evaluate(state)[0])
 
@@ -418,9 +422,9 @@ class Step:
   def _score(self, rollout):
     mesh, own = self._meshes["policy"], self._meshes["reward_model"]
     if own != mesh:
-      rollout = jax.device_put(rollout, sharding.rows(own))
-    score = jnp.asarray(self._reward_fn(Episodes(rollout, self._tokenizer)))
-    return jax.device_put(score, sharding.rows(mesh))
+      rollout = sharding.put_rows(rollout, own)
+    score = self._reward_fn(Episodes(rollout, self._tokenizer))
+    return sharding.put_rows(score, mesh)
 
 
 def rollout_sampling(

@@ -51,6 +51,6 @@ class Reference:
     """[B, C, D] on the policy's mesh, or None: the program can do it itself."""
     if not self._is_apart:
       return None
-    there = sharding.rows(self._meshes["ref_policy"])
-    hidden = self._hidden(self._params, jax.device_put(rollout, there))
-    return jax.device_put(hidden, sharding.rows(self._meshes["policy"]))
+    there = sharding.put_rows(rollout, self._meshes["ref_policy"])
+    hidden = self._hidden(self._params, there)
+    return sharding.put_rows(hidden, self._meshes["policy"])

@@ -77,7 +77,7 @@ count_failure() {
 
 # Looks at all workers once. Sets started=false where something must be done.
 check_workers() {
-  local status
+  local status failed
   if ! status=$(on_workers all "$worker status $RUN_NAME" 2>"$messages"); then
     misses=$((misses + 1))
     say "a worker does not answer ($misses of 3)"
@@ -100,8 +100,8 @@ check_workers() {
   if [[ $STATE != ready ]]; then return; fi
   if grep -qE ' exited [1-9]| absent' <<<"$status"; then
     on_workers all "$worker errors $RUN_NAME" >&2 2>/dev/null || true
-    count_failure "the run failed on" \
-      "$(grep -E ' exited [1-9]| absent' <<<"$status" | tr '\n' ';')"
+    failed=$(grep -E ' exited [1-9]| absent' <<<"$status" | paste -sd, -)
+    count_failure "the run failed on $failed"
     on_workers all "$worker stop $RUN_NAME" 2>"$messages" || true
   elif ! grep -q ' running' <<<"$status"; then
     die "the run ended well on all workers, but there is no" \

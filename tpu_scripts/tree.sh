@@ -74,7 +74,10 @@ upload() {
   fi
   if $DRY_RUN; then
     folder=/tmp/$LAUNCH
-    echo "# $folder holds the tree's files, as git lists them, and this:"
+    echo "mkdir -p $folder"
+    echo "(cd $tree && git ls-files -z --cached --others" \
+      "--exclude-standard |"
+    echo "  tar -czf $folder/tree.tar.gz --null -T -)"
     echo "cat >$folder/command.sh <<'END'"
     echo "$COMMAND"
     echo END

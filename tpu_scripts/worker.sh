@@ -98,9 +98,9 @@ errors() {
   if [[ -e $folder/exit ]]; then code=$(<"$folder/exit"); fi
   if [[ -n $code && $code != 0 ]]; then echo "$host: exited with $code"; fi
   if [[ ! -e $folder/log ]]; then return; fi
-  # Exceptions, absl's errors, and what a signal leaves.
-  { grep -aE \
-    '^[A-Za-z_.]+(Error|Exception|Mismatch|Interrupt)\b|^[EF][0-9]{4} |^(Fatal|Killed|Aborted|Segmentation)' \
+  # What the binaries say, exceptions, absl's errors, and what a signal leaves.
+  { grep -aE -e '^error: ' -e '^[A-Za-z_.]+(Error|Exception|Mismatch)\b' \
+    -e '^[EF][0-9]{4} ' -e '^(Fatal|Killed|Aborted|Segmentation)' \
     "$folder/log" || true; } | tail -n 5 | sed "s/^/$host: /"
 }
 

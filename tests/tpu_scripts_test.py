@@ -308,6 +308,13 @@ def test_a_run_that_fails_is_started_again_and_goes_on(cloud):
   assert any("ValueError" in path.read_text() for path in logs)
 
 
+def test_a_run_that_was_told_to_stop_is_started_again(cloud):
+  cloud.plan(runs=["stop"])
+  done = cloud.ok("launch.sh", "experiments.ppo", *NASTY)
+  assert "left no gs://fake-bucket/runs/first/finished.json" in done.stderr
+  assert cloud.is_done()
+
+
 def test_a_run_that_fails_again_and_again_is_given_up(cloud):
   cloud.plan(runs=["fail"] * 9)
   stderr = cloud.failed(
@@ -556,7 +563,7 @@ def test_gke_dry_run_prints_a_whole_job_set(cloud):
   # What the container does is a script, and it does what launch.sh's does.
   *_, script = container["command"]
   subprocess.run(["bash", "-n"], input=script, text=True, check=True)
-  launch = re.search(r"exec bash (\S+)/command.sh", script)[1]
+  launch = re.search(r"bash (\S+)/command.sh", script)[1]
   assert launch.removeprefix(f"{cloud.mount}/") in printed
   assert _words_of_command(printed) == [
       *["python", "-m", "experiments.ppo"],
@@ -575,6 +582,51 @@ def _words_of_command(printed):
       check=True,
   )
   return done.stdout.split("\0")[:-1]
+
+
+@pytest.mark.parametrize(
+    "command, code, said",
+    [
+        ("touch $mark", 0, ""),
+        ("exit 3", 3, ""),
+        # Told to stop, it ends well, and is not done.
+        ("exit 0", 1, "left no"),
+        ("trap 'exit 7' TERM; kill -TERM $PPID; sleep 9 & wait", 7, ""),
+    ],
+)
+def test_gke_pods_end_as_the_run_does(cloud, tmp_path, command, code, said):
+  manifest, _ = _manifest(cloud, "experiments.ppo")
+  (job,) = manifest["spec"]["replicatedJobs"]
+  pod = job["template"]["spec"]["template"]["spec"]
+  *_, script = pod["containers"][0]["command"]
+  launch = re.search(r"bash (\S+)/command.sh", script)[1]
+  pathlib.Path(launch).mkdir(parents=True)
+  (cloud.mount / "runs/first").mkdir(parents=True)
+  (pathlib.Path(launch) / "command.sh").write_text(command)
+  done = subprocess.run(
+      ["bash", "-ec", script.replace("seq 60", "seq 1")],
+      # What the image does, and a place that is not ours.
+      env=os.environ
+      | {
+          "mark": str(cloud.mount / "runs/first/finished.json"),
+          "PATH": f"{_doing_nothing(tmp_path, 'tar', 'pip', 'mkdir')}:"
+          + os.environ["PATH"],
+      },
+      capture_output=True,
+      text=True,
+      timeout=60,
+  )
+  assert done.returncode == code, done.stderr
+  assert said in done.stderr
+
+
+def _doing_nothing(tmp_path, *names):
+  folder = tmp_path / "nothing"
+  folder.mkdir()
+  for name in names:
+    (folder / name).write_text("#!/bin/sh\n")
+    (folder / name).chmod(0o755)
+  return folder
 
 
 def test_gke_without_spot_asks_for_no_spot_nodes(cloud):
@@ -599,6 +651,7 @@ def _slurm(cloud, tmp_path, *args, **env):
   binaries = tmp_path / "bin"
   for name, text in {
       "scontrol": f'echo "$@" >>{tmp_path}/scontrol; printf "n7\\nn8\\n"',
+      "scancel": f'echo scancel "$@" >>{tmp_path}/scontrol',
       # srun --kill-on-bad-exit=1 COMMAND...
       "srun": 'shift; for i in 0 1 2 3; do SLURM_PROCID=$i "$@" || exit; done',
       "fake_python": (
@@ -665,15 +718,18 @@ def test_slurm_ends_at_once_where_the_done_mark_is(cloud, tmp_path):
   assert not (tmp_path / "ran").exists()
 
 
-def test_slurm_asks_to_be_queued_again_before_its_time_is_up(cloud, tmp_path):
+def test_slurm_saves_and_is_queued_again_when_its_time_is_up(cloud, tmp_path):
   script = cloud.tree / "tpu_scripts/slurm.sh"
   text = script.read_text().replace("set -euo pipefail\n", "export BATCH=$$\n")
   script.write_text(text)
   args = ["experiments.ppo", f"--workdir={tmp_path}/run"]
   done = _slurm(cloud, tmp_path, *args, SIGNAL="1", **JOB)
   assert "time is almost up" in done.stderr
-  assert "requeue 4711" in (tmp_path / "scontrol").read_text()
-  # The tasks were not cut short by it.
+  asked = (tmp_path / "scontrol").read_text().splitlines()
+  assert asked[0] == "show hostnames n[7-8]"
+  assert set(asked[1:-1]) == {"scancel --signal=TERM 4711"}
+  assert asked[-1] == "requeue 4711"
+  # The tasks were waited for.
   assert len((tmp_path / "ran").read_text().splitlines()) == 4
 
 

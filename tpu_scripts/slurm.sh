@@ -23,9 +23,8 @@
 #
 # One process a GPU, which is how jax reads SLURM's variables: so no
 # --gpus-per-task, under which each process would see one GPU and look for the
-# wrong one. A job that is preempted, or whose time runs out, is queued again and
-# goes on from its last checkpoint; once the workdir holds finished.json it ends
-# at once.
+# wrong one. A job that is preempted, or whose time runs out, saves, is queued
+# again and goes on; once the workdir holds finished.json it ends at once.
 set -euo pipefail
 
 PYTHON=${PYTHON:-python}
@@ -87,20 +86,27 @@ if [[ -e $workdir/finished.json ]]; then
   echo "slurm.sh: $workdir is done already" >&2
   exit 0
 fi
+# Five minutes before its time is up, the run saves and ends, as on SIGTERM.
+again=false
 # shellcheck disable=SC2317  # The trap calls it.
-requeue() {
-  echo "slurm.sh: time is almost up: queued again" >&2
-  scontrol requeue "$SLURM_JOB_ID"
+stop() {
+  echo "slurm.sh: time is almost up: saving" >&2
+  again=true
+  scancel --signal=TERM "$SLURM_JOB_ID"
 }
-trap requeue USR1
+trap stop USR1
 # In the background, since bash hears signals between commands alone.
 "${command[@]}" &
 pid=$!
 code=0
 wait "$pid" || code=$?
-# A signal ends the first wait, and the run goes on to be ended by SLURM.
+# A signal ends the first wait, before the run has ended.
 while kill -0 "$pid" 2>/dev/null; do
   code=0
   wait "$pid" || code=$?
 done
+if [[ ! -e $workdir/finished.json ]]; then
+  echo "slurm.sh: there is no $workdir/finished.json yet" >&2
+  if $again; then scontrol requeue "$SLURM_JOB_ID"; fi
+fi
 exit "$code"

@@ -109,8 +109,8 @@ stop() {
   if [[ -e $folder/pid && ! -e $folder/exit ]]; then
     pid=$(<"$folder/pid")
     kill "$pid" 2>/dev/null || true
-    # The next run cannot have the chips before this one has let them go.
-    for ((i = 0; i < 60; i++)); do
+    # It saves; and the next run cannot have the chips before it has ended.
+    for ((i = 0; i < 300; i++)); do
       kill -0 "$pid" 2>/dev/null || break
       sleep 1
     done

@@ -2,8 +2,8 @@
 
 It appends its arguments to FAKE_GCLOUD/binary.jsonl. `plan.json` has, under
 `runs`, what the first, second, ... start on worker 0 does, and all workers with
-it: "done" leaves finished.json, "fail" a traceback, "hang" waits to be killed;
-after the last, "done".
+it: "done" leaves finished.json, "fail" a traceback, "stop" nothing, as after a
+SIGTERM, "hang" waits to be killed; after the last, "done".
 """
 
 import json
@@ -28,7 +28,7 @@ if what == "hang":
 elif what == "fail":
   print("Traceback (most recent call last):\nValueError: no such field")
   sys.exit(1)
-elif host.endswith("-w-0"):
+elif what == "done" and host.endswith("-w-0"):
   (workdir,) = [x for x in sys.argv if x.startswith("--workdir=")]
   folder = pathlib.Path(workdir.removeprefix("--workdir="))
   folder.mkdir(parents=True, exist_ok=True)

@@ -21,7 +21,10 @@ setuptools.setup(
     packages=setuptools.find_packages(
         include=["rlhf_jax*", "experiments*", "configs*"]
     ),
-    package_data={"rlhf_jax.evaluation": ["*.html"]},
+    package_data={
+        "rlhf_jax.evaluation": ["*.html"],
+        "configs": ["shapes/*/config.json"],
+    },
     install_requires=[
         "jax>=0.10,<0.12",
         "flax>=0.12,<0.14",

@@ -116,6 +116,18 @@ def assistant_samples() -> ConfigDict:
   return samples(max_prompt_length=20, max_completion_length=32)
 
 
+def mesh(**changes) -> ConfigDict:
+  """One device; each axis is a number of them, one may be -1 for the rest."""
+  cfg = ConfigDict(dict(replica=1, data=1, fsdp=1, tensor=1, sequence=1))
+  cfg.update(changes)
+  return cfg
+
+
+def sharding(*models: str) -> ConfigDict:
+  """No rules for these models' parameters but their own."""
+  return ConfigDict({model: () for model in models})
+
+
 def compute(**changes) -> ConfigDict:
   """Models as they were saved, every layer's activations kept."""
   cfg = ConfigDict(
@@ -156,7 +168,8 @@ def language_model_training(
           seed=0,
           batch_size=16,
           seq_len=128,
-          num_devices=1,
+          mesh=mesh(),
+          sharding=sharding("policy"),
           optimizer=optimizer(
               learning_rate,
               schedule="cosine",

@@ -18,12 +18,18 @@ times smaller. :hacking takes the KL penalty away.
 
 from ml_collections import ConfigDict
 
-from configs import common
+from configs import common, scale
 
 
 def get_config(arg: str = common.FULL) -> ConfigDict:
-  """full, or smoke: in seconds; hacking: no KL penalty and long."""
-  common.check_arg(arg, common.FULL, common.SMOKE, "hacking")
+  """full, or smoke: in seconds; hacking: no KL penalty and long.
+
+  pythia_1b, pythia_6.9b, pythia_6.9b_shared, llama3_8b, llama3_70b: large
+  models on slices of TPUs, see configs/scale.py.
+  """
+  common.check_arg(arg, common.FULL, common.SMOKE, "hacking", *scale.NAMES)
+  if arg in scale.NAMES:
+    return scale.large(get_config(), arg)
   smoke, hacking = arg == common.SMOKE, arg == "hacking"
   num_iterations = 4 if smoke else 60 if hacking else 50
   return ConfigDict(
@@ -40,7 +46,10 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               common.ASSISTANT, 32 if smoke else 128
           ),
           rollout_batch_size=32 if smoke else 128,
-          num_devices=1,
+          mesh=common.mesh(),
+          sharding=common.sharding(
+              "policy", "value", "ref_policy", "reward_model"
+          ),
           ptx_documents=common.source(""),
           ptx_batch_size=0,
           ptx_seq_len=0,

@@ -48,7 +48,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           # What an untrained model samples is no text: it takes more tokens.
           max_completion_length=96 if smoke else 33,
           batch_size=16 if smoke else 32,
-          num_devices=1,
+          mesh=common.mesh(),
+          sharding=common.sharding("reward_model"),
           optimizer=common.optimizer(
               5e-4,
               schedule="cosine",

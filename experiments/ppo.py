@@ -19,16 +19,16 @@ from typing import Any, Literal
 from absl import logging
 import jax
 import jax.numpy as jnp
-import optax
 
 from experiments.harness import (
     adapters,
     checks,
     cli,
+    devices,
     evaluator,
-    language_model,
     loop,
     models,
+    ppo_programs,
     sources,
     stage,
     value_network,
@@ -39,10 +39,9 @@ from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.generation import decode
-from rlhf_jax.models import functions, heads
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.rewards.episodes import Episodes, RewardFn
+from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import ppo
 
@@ -64,6 +63,7 @@ class Config:
     weights then serve policy, reference policy and value network;
     value_init='reward_model' needs a reward model with an adapter on them.
   rollout_batch_size: episodes an iteration, over all devices.
+  mesh, sharding: over which devices and how, see `harness/devices.py`.
   samples: also fixes prompt and completion lengths; its temperature is that of
     evaluation, ppo.temperature that of training.
   ptx_documents: pretraining text for ppo.ptx_coef (source '' if that is 0).
@@ -80,7 +80,8 @@ class Config:
   prompts: sources.SourceConfig
   heldout_prompts: sources.SourceConfig
   rollout_batch_size: int
-  num_devices: int
+  mesh: MeshConfig
+  sharding: devices.PPOSharding
   ptx_documents: sources.SourceConfig
   ptx_batch_size: int
   ptx_seq_len: int
@@ -101,14 +102,20 @@ class Config:
     checks.check_optimizer(self.optimizer, self.num_updates)
     checks.check_loop(self.loop)
     parts = self.ppo.num_minibatches * self.ppo.num_microbatches
-    language_model.check_divides(
-        self.rollout_batch_size, parts, self.num_devices, "rollout_batch_size"
+    devices.check_divides(
+        self.rollout_batch_size, parts, self.mesh, "rollout_batch_size"
+    )
+    devices.check_length(
+        self.samples.max_prompt_length + self.samples.max_completion_length,
+        self.mesh,
+        "samples.max_prompt_length + samples.max_completion_length",
     )
     if self.ppo.ptx_coef:
       checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})
-      language_model.check_divides(
-          self.ptx_batch_size, parts, self.num_devices, "ptx_batch_size"
+      devices.check_divides(
+          self.ptx_batch_size, parts, self.mesh, "ptx_batch_size"
       )
+      devices.check_length(self.ptx_seq_len, self.mesh, "ptx_seq_len")
     if bool(self.ppo.ptx_coef) != bool(self.ptx_documents.source):
       raise ValueError(
           f"ppo.ptx_coef={self.ppo.ptx_coef} and ptx_documents.source="
@@ -193,32 +200,28 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  mesh = sharding.make_mesh(config.num_devices)
-  policy = models.load_policy(config.init_from, config.compute)
-  if config.lora.rank:
-    # The one base; nothing else holds its arrays from here on.
-    base = sharding.replicate(policy.params, mesh)
-    policy = dataclasses.replace(policy, params=base)
+  mesh = sharding.make_mesh(config.mesh)
+  on = lambda model: config.sharding.placing(model, mesh)
+  policy = models.load_policy(config.init_from, config.compute, on("policy"))
   ref_policy = (
-      models.load_policy(config.ref_policy, config.compute)
+      models.load_policy(config.ref_policy, config.compute, on("ref_policy"))
       if config.ref_policy
-      else policy
+      else models.placed(policy, on("ref_policy"))
   )
   reward_model = None
   if config.reward_rule:
     reward_fn = evaluator.load_reward_rule(config.reward_rule)
   else:
-    reward_model = models.load_reward_model(config.reward_model, config.compute)
-    params = sharding.replicate(reward_model.params, mesh)
-    reward_fn = evaluator.make_reward_fn(
-        dataclasses.replace(reward_model, params=params)
+    reward_model = models.load_reward_model(
+        config.reward_model, config.compute, on("reward_model")
     )
+    reward_fn = evaluator.make_reward_fn(reward_model)
   _check_fits(config, policy, ref_policy, reward_model)
   rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
   value_config, params, frozen = value_network.init_params(
       config, policy, reward_model, rng_value
   )
-  frozen = sharding.replicate(frozen, mesh)
+  frozen = sharding.place(frozen, config.sharding.rules_of("policy"), mesh)
   tx = optim.make_optimizer(config.optimizer, config.num_updates)
 
   # ---- data ------------------------------------------------------------------
@@ -258,15 +261,25 @@ def run(config: Config, workdir: str) -> None:
   # ---- loop ------------------------------------------------------------------
   # Copies: the state is donated, and the policy's and the reward model's own
   # arrays are still needed.
-  params = jax.tree.map(jnp.copy, params)
-  state = ppo.create_ppo_state(
-      sharding.replicate(params, mesh), tx, rng_state, config.ppo
+  rules = ppo_programs.state_rules(config.sharding)
+  params = sharding.place(params, rules, mesh, copy=True)
+  state = sharding.place(
+      ppo.create_ppo_state(params, tx, rng_state, config.ppo), rules, mesh
+  )
+  programs = ppo_programs.make_programs(
+      policy.config,
+      ref_policy.config,
+      value_config,
+      tx,
+      state,
+      mesh,
+      config.sharding,
   )
   task = loop.Task(
       name="ppo",
-      state=sharding.replicate(state, mesh),
+      state=state,
       step=make_step(
-          config, policy, ref_policy, value_config, reward_fn, tx, mesh, frozen
+          config, programs, policy, ref_policy.params, reward_fn, mesh, frozen
       ),
       batches=batches,
       evaluate=evaluate,
@@ -296,11 +309,10 @@ def run(config: Config, workdir: str) -> None:
 
 def make_step(
     config: Config,
+    programs: ppo_programs.Programs,
     policy: models.Policy,
-    ref_policy: models.Policy,
-    value_config: TransformerConfig | None,
+    ref_params: Any,
     reward_fn: RewardFn,
-    tx: optax.GradientTransformation,
     mesh: jax.sharding.Mesh,
     frozen: dict[str, Any],
 ):
@@ -309,26 +321,13 @@ def make_step(
   Three programs, and between the first two whatever scores: it may be a model
   on the device or a function of the text on the host.
   """
-  model = functions.make_policy_value(policy.config, value_config)
-  ref_model = functions.make_language_model(ref_policy.config)
-  generate = decode.make_generate(heads.LanguageModel(policy.config))
-  ref_params = sharding.replicate(ref_policy.params, mesh)
   sampling = rollout_sampling(config, policy.tokenizer)
-
-  @jax.jit
-  def rollout_step(state, batch, sampling, frozen):
-    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
-    params = frozen | state.train.params["policy"]
-    return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
-
-  score_step = jax.jit(ppo.make_score_rollout(model, ref_model))
-  update_step = jax.jit(ppo.make_ppo_update(model, tx), donate_argnums=0)
 
   def step(state, batch):
     prompt_batch, ptx = sharding.shard_rows(batch, mesh)
-    rollout = rollout_step(state, prompt_batch, sampling, frozen)
+    rollout = programs.rollout(state, prompt_batch, sampling, frozen)
     score = jnp.asarray(reward_fn(Episodes(rollout, policy.tokenizer)))
-    scored, metrics = score_step(
+    scored, metrics = programs.score(
         frozen | state.train.params,
         ref_params,
         rollout,
@@ -336,7 +335,7 @@ def make_step(
         state.kl_coef,
         config.ppo,
     )
-    state, update_metrics = update_step(
+    state, update_metrics = programs.update(
         state, scored, ptx, config.ppo, frozen
     )
     evidence = {"scored": scored} | ({} if ptx is None else {"ptx": ptx})

@@ -24,8 +24,8 @@ from experiments.harness import (
     adapters,
     checks,
     cli,
+    devices,
     evaluator,
-    language_model,
     loop,
     models,
     sources,
@@ -43,6 +43,7 @@ from rlhf_jax.losses import preference
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.rewards.episodes import Episodes
+from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PreferenceBatch, RankingBatch, ScoreNormalization
 from rlhf_jax.updates import reward as reward_update
@@ -72,7 +73,8 @@ class Config:
   max_prompt_length: int
   max_completion_length: int
   batch_size: int
-  num_devices: int
+  mesh: MeshConfig
+  sharding: devices.RewardModelSharding
   optimizer: optim.OptimizerConfig
   compute: ComputeConfig
   lora: LoraConfig
@@ -82,8 +84,13 @@ class Config:
   samples: evaluator.SampleConfig
 
   def __post_init__(self):
-    language_model.check_divides(
-        self.batch_size, self.reward.num_microbatches, self.num_devices
+    devices.check_divides(
+        self.batch_size, self.reward.num_microbatches, self.mesh
+    )
+    devices.check_length(
+        self.max_prompt_length + self.max_completion_length,
+        self.mesh,
+        "max_prompt_length + max_completion_length",
     )
     checks.check_ranges(
         self,
@@ -104,7 +111,12 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  policy = models.load_policy(config.init_from, config.compute)
+  mesh = sharding.make_mesh(config.mesh)
+  policy = models.load_policy(
+      config.init_from,
+      config.compute,
+      config.sharding.placing("reward_model", mesh),
+  )
   _check_fits(config, policy)
   skipped_dir = out.dir / "skipped"
   reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
@@ -121,15 +133,20 @@ def run(config: Config, workdir: str) -> None:
     )
   sample_reference = make_reference_sampler(config, policy, reader)
 
-  mesh = sharding.make_mesh(config.num_devices)
+  rules = config.sharding.rules_of("reward_model")
   rng_state, rng_head, rng_samples = jax.random.split(
       jax.random.key(config.seed), 3
   )
-  params, frozen = _init_params(config, policy, rng_head, mesh)
+  params, frozen = _init_params(config, policy, rng_head, mesh, rules)
   tx = optim.make_optimizer(config.optimizer, config.loop.num_steps)
   score_fn = functions.make_score_fn(policy.config)
+  state = sharding.place(
+      create_train_state(params, tx, rng_state), rules, mesh
+  )
   update = jax.jit(
-      reward_update.make_reward_update(score_fn, tx), donate_argnums=0
+      reward_update.make_reward_update(score_fn, tx),
+      donate_argnums=0,
+      out_shardings=(sharding.of(state), None),
   )
 
   def step(state, batch):
@@ -138,12 +155,9 @@ def run(config: Config, workdir: str) -> None:
     return state, metrics, batch
 
   scorer = BatchScorer(score_fn, config.batch_size)
-  state = create_train_state(
-      sharding.replicate(params, mesh), tx, rng_state
-  )
   task = loop.Task(
       name="reward",
-      state=sharding.replicate(state, mesh),
+      state=state,
       step=step,
       batches=iter(
           pipeline.make_dataset(
@@ -202,21 +216,24 @@ def _init_params(
     policy: models.Policy,
     rng: jax.Array,
     mesh: jax.sharding.Mesh,
+    rules: sharding.Rules,
 ) -> tuple[dict[str, Any], dict[str, Any]]:
   """(what is trained, what is frozen beside it) of a fresh reward model."""
   if not config.lora.rank:
     params = heads.scalar_from_language_model(
         policy.params, rng, policy.config, zero_head=False
     )
-    return params, {}
+    return sharding.place(params, rules, mesh), {}
   rng_head, rng_adapter = jax.random.split(rng)
-  base = {"trunk": sharding.replicate(policy.params["trunk"], mesh)}
+  base = {"trunk": policy.params["trunk"]}
+  base = sharding.place(base, rules, mesh)
   width, dtype = policy.config.width, policy.config.param_dtype
   params = {
       **adapters.init(config.lora, base, rng_adapter),
       "head": heads.scalar_head_init(rng_head, width, False, dtype),
   }
-  return params, sharding.replicate(adapters.freeze(config.lora, base), mesh)
+  frozen = adapters.freeze(config.lora, base)
+  return params, sharding.place(frozen, rules, mesh)
 
 
 class BatchScorer:

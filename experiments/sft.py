@@ -17,6 +17,7 @@ from absl import logging
 
 from experiments.harness import cli, language_model, models, sources, stage
 from experiments.harness.compute import ComputeConfig
+from rlhf_jax import sharding
 from rlhf_jax.data import encoding
 from rlhf_jax.models.lora import LoraConfig
 
@@ -44,7 +45,12 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  policy = models.load_policy(config.init_from, config.compute)
+  mesh = sharding.make_mesh(config.train.mesh)
+  policy = models.load_policy(
+      config.init_from,
+      config.compute,
+      config.train.sharding.placing("policy", mesh),
+  )
   skipped_dir = out.dir / "skipped"
   reader = sources.Reader(config.train.seed, skipped_dir, policy.tokenizer)
   examples, _ = make_examples(config, reader)

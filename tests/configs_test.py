@@ -11,9 +11,10 @@ import typing
 from ml_collections import ConfigDict
 import pytest
 
-from experiments.harness import cli, language_model
+from experiments.harness import cli, devices
 from experiments.harness import config as config_lib
 from experiments.harness.config import ConfigError, from_config
+from rlhf_jax import sharding
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 STAGES = (
@@ -26,12 +27,15 @@ ARGS = {
     "sft": ("full", "smoke"),
     "preferences": ("full", "smoke", "ranking"),
     "reward": ("full", "smoke", "ranking", "hh"),
-    "ppo": ("full", "smoke", "hacking"),
+    "ppo": (
+        "full", "smoke", "hacking", "pythia_1b", "pythia_6.9b",
+        "pythia_6.9b_shared", "llama3_8b", "llama3_70b",
+    ),
     "evaluate": ("full", "smoke"),
     "rlhf": ("full", "smoke", "hacking", "lora", "stories"),
 }
 # Which binary reads a config file that is not named after it.
-BINARY = {"stories": None, "common": None, "own": None}
+BINARY = {"stories": None, "common": None, "own": None, "scale": None}
 CONFIG_FILES = sorted((REPO / "configs").glob("*.py"))
 EACH = [(name, arg) for name in STAGES for arg in ARGS[name]]
 
@@ -276,10 +280,10 @@ def test_a_missing_field_is_told():
 
 
 DOES_NOT_DIVIDE = [
-    ("sft", lambda c: c.train.update(batch_size=10, num_devices=4), "10"),
+    ("sft", lambda c: c.train.update(batch_size=10, mesh=dict(data=4)), "10"),
     ("sft", lambda c: c.train.sft.update(num_microbatches=5), "16"),
     ("reward", lambda c: c.reward.update(num_microbatches=3), "16"),
-    ("reward", lambda c: c.update(num_devices=5), "5 devices"),
+    ("reward", lambda c: c.mesh.update(data=5), "5 devices"),
     ("ppo", lambda c: c.ppo.update(num_minibatches=3), "32"),
     (
         "ppo",
@@ -583,22 +587,27 @@ def test_problems_of_every_stage_are_told_at_once():
   )
 
 
-@pytest.mark.parametrize("batch_size, num_parts, num_devices, fits", [
-    (8, 2, 4, True),
-    (8, 2, 8, False),
-    (8, 1, -1, True),  # all eight simulated devices
-    (12, 1, -1, False),
-    (8, 0, 1, False),
-    (0, 1, 1, False),
-    (8, 1, 0, False),
-    (8, 1, -2, False),
+@pytest.mark.parametrize("batch_size, num_parts, mesh, fits", [
+    (8, 2, dict(data=4), True),
+    (8, 2, dict(data=8), False),
+    (8, 2, dict(replica=2, fsdp=2), True),
+    (8, 2, dict(replica=2, fsdp=4), False),
+    (8, 8, dict(tensor=4, sequence=2), True),  # they split no rows
+    (8, 1, dict(data=-1), True),  # all eight simulated devices
+    (12, 1, dict(data=-1), False),
+    (4, 1, dict(fsdp=-1, tensor=2), True),
+    (8, 0, {}, False),
+    (0, 1, {}, False),
+    (8, 1, dict(data=16), False),
+    (8, 1, dict(data=-1, tensor=3), False),
 ])
-def test_check_divides(batch_size, num_parts, num_devices, fits):
+def test_check_divides(batch_size, num_parts, mesh, fits):
+  mesh = sharding.MeshConfig(**mesh)
   if fits:
-    language_model.check_divides(batch_size, num_parts, num_devices)
+    devices.check_divides(batch_size, num_parts, mesh)
   else:
     with pytest.raises(ValueError):
-      language_model.check_divides(batch_size, num_parts, num_devices)
+      devices.check_divides(batch_size, num_parts, mesh)
 
 
 def test_a_config_error_is_one_that_the_user_can_mend(capsys):

@@ -16,15 +16,17 @@ CONFIGS = sorted((REPO / "configs").rglob("*.py"))
 # Layer of every part of the library: it may import those below, and siblings.
 LAYERS = {
     "types": 0,
+    "devices": 0,
     "losses": 1,
     "models": 2,
     "generation": 2,
-    "sharding": 2,
+    "sharding": 1,
     "optim": 2,
     "train_state": 2,
     "metrics": 2,
     "array_folder": 2,
     "checkpoint": 2,
+    "planning": 2,
     "updates": 3,
     "rewards": 3,
     "feedback": 3,
@@ -34,7 +36,7 @@ LAYERS = {
 }
 LEAVES = ("sharding", "optim", "train_state", "metrics", "array_folder",
           "checkpoint")
-PURE = ("losses", "types")
+PURE = ("losses", "types", "devices")
 # Text, and nothing that trains.
 READERS = ("data", "worlds", "evaluation", "rewards", "feedback")
 
@@ -113,6 +115,7 @@ SAME_LAYER = {
     ("generation", "models"),  # decodes with a model
     ("checkpoint", "array_folder"),
     ("train_state", "metrics"),
+    ("planning", "models"),  # counts the matmuls that a config asks for
     ("rewards", "data"),  # a tokenizer, to read text again
     ("rewards", "evaluation"),
     ("feedback", "data"),

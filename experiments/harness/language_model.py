@@ -15,6 +15,7 @@ import numpy as np
 from experiments.harness import (
   adapters,
   checks,
+  devices,
   evaluator,
   loop,
   models,
@@ -28,6 +29,7 @@ from rlhf_jax.data import packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
 from rlhf_jax.models.lora import LoraConfig
+from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import sft
@@ -41,7 +43,7 @@ class LanguageModelConfig:
   """What both stages need beside their data.
 
   batch_size: packed rows a step, over all devices; seq_len: tokens a row.
-  num_devices: the batch is split over so many, -1 for all.
+  mesh, sharding: over which devices and how, see `harness/devices.py`.
   samples: completions of fixed prompts at every evaluation, so that people can
     see what the model has become; sample_prompts says of which.
   """
@@ -49,7 +51,8 @@ class LanguageModelConfig:
   seed: int
   batch_size: int
   seq_len: int
-  num_devices: int
+  mesh: MeshConfig
+  sharding: devices.PolicySharding
   optimizer: optim.OptimizerConfig
   sft: sft.SFTConfig
   loop: loop.LoopConfig
@@ -57,43 +60,14 @@ class LanguageModelConfig:
   sample_prompts: sources.SourceConfig
 
   def __post_init__(self):
-    check_divides(
-        self.batch_size, self.sft.num_microbatches, self.num_devices
+    devices.check_divides(
+        self.batch_size, self.sft.num_microbatches, self.mesh
     )
+    devices.check_length(self.seq_len, self.mesh, "seq_len")
     checks.check_ranges(self, "", {"seed": "seed", "seq_len": ">= 2"})
     checks.check_ranges(self.sft, "sft", {"z_loss_coef": ">= 0"})
     checks.check_optimizer(self.optimizer, self.loop.num_steps)
     checks.check_loop(self.loop)
-
-
-def check_divides(
-    batch_size: int,
-    num_parts: int,
-    num_devices: int,
-    name: str = "batch_size",
-) -> None:
-  """Checks that a batch splits into parts and each part over the devices.
-
-  Raises:
-    ValueError: with the numbers, the batch's under its field's name.
-  """
-  if num_devices == -1:
-    num_devices = jax.device_count()
-  elif num_devices > 1 and num_devices > jax.device_count():
-    raise ValueError(
-        f"num_devices={num_devices}, but there are {jax.device_count()}"
-    )
-  if batch_size < 1 or num_parts < 1 or num_devices < 1:
-    raise ValueError(
-        f"{name}={batch_size}, its number of parts ({num_parts}) and "
-        f"num_devices={num_devices} must be positive"
-    )
-  if batch_size % (num_parts * num_devices):
-    raise ValueError(
-        f"{name}={batch_size} does not divide into {num_parts} parts "
-        f"(minibatches x microbatches) on {num_devices} devices: it must be a "
-        f"multiple of {num_parts * num_devices}"
-    )
 
 
 def train(
@@ -112,7 +86,7 @@ def train(
     adapter: trained on the policy instead of the policy, if its rank is not 0.
   """
   _check_fits(cfg, policy)
-  tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.num_devices)
+  tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.mesh)
   rows, heldout = (
       pack(cfg, tokenizer, examples[split]) for split in ("train", "heldout")
   )
@@ -126,14 +100,21 @@ def train(
   )
   tx = optim.make_optimizer(cfg.optimizer, cfg.loop.num_steps)
   model = functions.make_language_model(policy.config)
-  update = jax.jit(sft.make_sft_update(model, tx), donate_argnums=0)
-  params = sharding.replicate(policy.params, mesh)
+  rules = cfg.sharding.rules_of("policy")
+  params = sharding.place(policy.params, rules, mesh)
   rng = jax.random.key(cfg.seed)
-  frozen = sharding.replicate(adapters.freeze(adapter, params), mesh)
+  frozen = sharding.place(adapters.freeze(adapter, params), rules, mesh)
   if frozen:
     rng, rng_adapter = jax.random.split(rng)
     params = adapters.init(adapter, params, rng_adapter)
-  state = create_train_state(sharding.replicate(params, mesh), tx, rng)
+  state = sharding.place(
+      create_train_state(params, tx, rng), rules, mesh
+  )
+  update = jax.jit(
+      sft.make_sft_update(model, tx),
+      donate_argnums=0,
+      out_shardings=(sharding.of(state), None),
+  )
 
   def step(state, batch):
     batch = sharding.shard_rows(batch, mesh)
@@ -156,7 +137,7 @@ def train(
   heldout_loss = make_heldout_loss(model, heldout, cfg)
   task = loop.Task(
       name=name,
-      state=sharding.replicate(state, mesh),
+      state=state,
       step=step,
       batches=iter(
           pipeline.make_dataset(

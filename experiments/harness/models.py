@@ -14,6 +14,7 @@ place or source stands for an environment variable, `@run/` for the folder that
 holds a run's stages.
 """
 
+from collections.abc import Callable
 import dataclasses
 import json
 import os
@@ -21,6 +22,7 @@ import pathlib
 import re
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
 from experiments.harness import adapters, buckets
@@ -119,21 +121,49 @@ def save_policy(folder: pathlib.Path, policy: Policy) -> None:
   )
 
 
-def load_policy(place: str, compute: ComputeConfig | None = None) -> Policy:
+# (parameter's path, shape) -> where it goes; None is the default device.
+PlaceParam = Callable[[str, tuple[int, ...]], Any]
+
+
+def load_policy(
+    place: str,
+    compute: ComputeConfig | None = None,
+    place_param: PlaceParam | None = None,
+) -> Policy:
   """Reads a policy; see the module's docstring for the places.
 
   Args:
     compute: how the stage computes with it; None is as it was saved.
+    place_param: where its params go; those of `hf:` go there one by one.
 
   Raises:
     ConfigError: it is no place, or cannot be computed with so.
     FileNotFoundError: none is there.
     checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
+    ValueError: see `sharding.spec_of`.
   """
-  return _with_compute(place, _load_policy(place), compute)
+  policy = _load_policy(place, compute, place_param)
+  return placed(_with_compute(place, policy, compute), place_param)
 
 
-def _load_policy(place: str) -> Policy:
+def placed(model: Any, place_param: PlaceParam | None) -> Any:
+  """The policy or reward model with its params where they are to go."""
+  if place_param is None:
+    return model
+
+  def put(key_path, x):
+    path = jax.tree_util.keystr(key_path, simple=True, separator="/")
+    return jax.device_put(x, place_param(path, x.shape))
+
+  params = jax.tree_util.tree_map_with_path(put, model.params)
+  return dataclasses.replace(model, params=params)
+
+
+def _load_policy(
+    place: str,
+    compute: ComputeConfig | None = None,
+    place_param: PlaceParam | None = None,
+) -> Policy:
   place = expand(place)
   check_syntax(place)
   if place.startswith(LLAMA2C):
@@ -149,7 +179,7 @@ def _load_policy(place: str) -> Policy:
     return _load_peft(*match.groups())
   if match := CHECKPOINT.fullmatch(place):
     return _load_checkpoint(place, *match.groups())
-  config, params, tokenizer, _ = _load(place, "policy")
+  config, params, tokenizer, _ = _load(place, "policy", compute, place_param)
   return Policy(config, params, tokenizer)
 
 
@@ -179,7 +209,7 @@ def load_tokenizer(place: str) -> Tokenizer:
   if match and path.exists():
     # Not ended: it has the tokenizer of what it started from.
     config = json.loads(path.read_text(encoding="utf-8"))
-    if config.get("init_from"):
+    if "init_from" in config:  # pretraining has none
       return load_tokenizer(started_from(stage, config))
   raise FileNotFoundError(
       f"{place} holds no tokenizer ({stage / 'tokenizer'} is not there); "
@@ -219,14 +249,14 @@ def _load_checkpoint(place: str, stage: str, which: str) -> Policy:
   else:
     # Not ended: it has the shape and the tokenizer of what it started from. An
     # adapter has its base from there, ended or not.
-    if not config.get("init_from"):
+    if "init_from" not in config:
       raise FileNotFoundError(
           f"{place}: a stage that starts from nothing has no tokenizer on disk "
           "before it ends"
       )
     policy = load_policy(started_from(stage, config), _compute_of(config))
   # Language models have their loop in the section that they share.
-  loop = config.get("train", config)["loop"]
+  loop = (config["train"] if "train" in config else config)["loop"]
   if which == "best" and not loop["best_metric"]:
     raise FileNotFoundError(
         f"{place}: the stage kept no best checkpoint: its loop.best_metric is "
@@ -292,21 +322,23 @@ def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
 
 
 def load_reward_model(
-    place: str, compute: ComputeConfig | None = None
+    place: str,
+    compute: ComputeConfig | None = None,
+    place_param: PlaceParam | None = None,
 ) -> RewardModel:
   """Reads a reward model from the folder of a reward stage.
 
   Args:
-    compute: how the stage computes with it; None is as it was saved.
+    compute, place_param: as in `load_policy`.
 
   Raises:
-    ConfigError: it is no place, or cannot be computed with so.
-    FileNotFoundError: none is there.
-    checkpoint.CheckpointError: it is damaged, or its tokenizer is too large.
+    As `load_policy`.
   """
   place = expand(place)
   check_syntax(place)
-  config, params, tokenizer, extra = _load(place, "reward_model")
+  config, params, tokenizer, extra = _load(
+      place, "reward_model", compute, place_param
+  )
   model = RewardModel(
       config=config,
       params=params,
@@ -315,7 +347,7 @@ def load_reward_model(
       ),
       tokenizer=tokenizer,
   )
-  return _with_compute(place, model, compute)
+  return placed(_with_compute(place, model, compute), place_param)
 
 
 def _with_compute(place: str, model: Any, compute: ComputeConfig | None):
@@ -330,9 +362,14 @@ def _with_compute(place: str, model: Any, compute: ComputeConfig | None):
   )
 
 
-def _load(place: str, kind: str):
+def _load(
+    place: str,
+    kind: str,
+    compute: ComputeConfig | None,
+    place_param: PlaceParam | None,
+):
   if place.startswith(HUGGING_FACE):
-    return _load_hugging_face(place, kind)
+    return _load_hugging_face(place, kind, compute, place_param)
   folder = pathlib.Path(place) / "model"
   if not folder.is_dir():
     raise FileNotFoundError(
@@ -347,9 +384,17 @@ def _load(place: str, kind: str):
   return config, params, tokenizer, extra
 
 
-def _load_hugging_face(place: str, kind: str):
+def _load_hugging_face(
+    place: str,
+    kind: str,
+    compute: ComputeConfig | None,
+    place_param: PlaceParam | None,
+):
   folder = place.removeprefix(HUGGING_FACE)
-  loaded = huggingface.load_folder(folder)
+  dtype = compute.param_dtype if compute and compute.param_dtype else "float32"
+  loaded = huggingface.load_folder(
+      folder, param_dtype=dtype, sharding=place_param
+  )
   _check_kind(place, loaded.kind, kind)
   tokenizer = _tokenizer_of(folder)
   _check_vocabulary(place, loaded.config, tokenizer)

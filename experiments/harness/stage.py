@@ -29,9 +29,11 @@ from rlhf_jax import checkpoint
 MEMORY_FIELDS = (
     "attention_backend",
     "head_chunk_size",
+    "mesh",
     "num_microbatches",
     "remat",
     "scan_unroll",
+    "sharding",
 )
 FREE_FIELDS = (
     "keep_checkpoints",

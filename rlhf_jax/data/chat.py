@@ -339,14 +339,11 @@ def _rest(
   """What `after` has beyond `before`."""
   if after.startswith(before):
     return after[len(before):]
-  same = len(os.path.commonprefix([before, after]))
-  show = lambda text: repr(
-      special_tokens.unmarked(text[max(same - 20, 0) : same + 20])
-  )
+  shorter, longer = special_tokens.where_they_part(before, after)
   raise template.error(
       f"messages[{index}] ({messages[index]['role']}): the longer conversation"
       " does not begin with the text of the shorter one, so the assistant's"
-      f" part cannot be told apart: {show(before)} became {show(after)}. Put"
+      f" part cannot be told apart: {shorter} became {longer}. Put"
       " {% generation %} and {% endgeneration %} around what the assistant"
       " writes, or take another template."
   )

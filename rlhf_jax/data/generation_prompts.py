@@ -7,7 +7,6 @@ sample behind another text than it has learned from.
 """
 
 from collections.abc import Sequence
-import os
 from typing import Any
 
 from rlhf_jax.data import special_tokens
@@ -92,12 +91,9 @@ def _before_answer(
 
 
 def _error(prompt: str, before: str, where: str, template: Any) -> Exception:
-  same = len(os.path.commonprefix([prompt, before]))
-  show = lambda text: repr(
-      special_tokens.unmarked(text[max(same - 20, 0) : same + 20])
-  )
+  prompted, written = special_tokens.where_they_part(prompt, before)
   return template.error(
-      f"{show(before)} stands before {where} and {show(prompt)} at the end of"
+      f"{written} stands before {where} and {prompted} at the end of"
       " the prompt, behind which models sample: the template must write the"
       " assistant's header where add_generation_prompt is true, and it alone."
   )

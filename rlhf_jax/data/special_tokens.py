@@ -23,6 +23,7 @@ only what never occurs in a row (`pad_is_safe`) is written for other programs.
 from collections.abc import Iterable, Mapping, Sequence
 import json
 import logging
+import os
 import pathlib
 import re
 from typing import Any
@@ -54,6 +55,13 @@ def mark(token: str) -> str:
 def unmarked(text: str) -> str:
   """Text with its special tokens spelled, for people."""
   return text.replace(MARK, "")
+
+
+def where_they_part(one: str, other: str) -> tuple[str, str]:
+  """What stands in each text where they cease to be the same, for people."""
+  same = len(os.path.commonprefix([one, other]))
+  here = slice(max(same - 20, 0), same + 20)
+  return repr(unmarked(one[here])), repr(unmarked(other[here]))
 
 
 def is_rendered(row: Sequence[str]) -> bool:

@@ -153,7 +153,9 @@ class Tokenizer:
     try:
       config = json.loads(tokenizer_files.read(directory / HF_CONFIG))
       specials = {k: config[f"{k}_token"] for k in ("pad", "eos", "bos")}
-      specials["unk"] = config.get("unk_token")  # only if there is one
+      # `save` writes these two only where there are such.
+      specials["unk"] = config["unk_token"] if "unk_token" in config else None
+      template = config["chat_template"] if "chat_template" in config else None
     except (ValueError, KeyError, TypeError) as error:
       raise TokenizerError(
           f"{directory / HF_CONFIG}: not written by Tokenizer.save"
@@ -164,7 +166,7 @@ class Tokenizer:
         serialized.decode("utf-8", "replace"),
         specials,
         str(directory / HF_FILE),
-        config.get("chat_template"),
+        template,
         directory,
         is_saved=True,
     )

@@ -3,11 +3,11 @@
 from collections.abc import Callable
 from typing import Any
 
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from rlhf_jax.losses import chunking, masking
 from rlhf_jax.losses import kl as kl_lib
+from rlhf_jax.models import functions
 from rlhf_jax.models.functions import LanguageModelFns
 from rlhf_jax.types import Rollout
 
@@ -24,10 +24,7 @@ def make_episode_kl(
   """
 
   def episode_kl(params, ref_params, rollout, temperature):
-    tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-    mask = jnp.concatenate(
-        [rollout.prompt_mask, rollout.completion_mask], axis=1
-    )
+    tokens, mask = functions.whole_sequence(rollout)
     last = rollout.completions.shape[1] + 1
     hiddens = (
         model.hidden(params, tokens, mask, last)[:, :-1],

@@ -17,6 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
+from rlhf_jax import devices
+
 Axis = int | tuple[int, ...] | None
 
 
@@ -76,7 +78,7 @@ def masked_mean(
     x: any numeric array.
     mask: 1 on real entries.
     axis: the axes to average over; None is all of them, each entry with the
-      same weight whatever row it is in.
+      same weight whatever row it is in and whatever device holds it.
 
   Returns:
     The mean over `axis`; 0 where nothing is real.
@@ -85,8 +87,11 @@ def masked_mean(
     >>> float(masked_mean(jnp.array([1.0, 2.0, 9.0]), jnp.array([1, 1, 0])))
     1.5
   """
+  total = masked_sum(x, mask, axis)
   count = jnp.sum(mask.astype(bool).astype(jnp.float32), axis=axis)
-  return masked_sum(x, mask, axis) / jnp.maximum(count, 1.0)
+  if axis is None:
+    total, count = devices.sum_over_devices((total, count))
+  return total / jnp.maximum(count, 1.0)
 
 
 def masked_var(

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
+from rlhf_jax import sharding
 from rlhf_jax.models import attention
 
 Backend = Literal["xla", "cudnn", "splash"]
@@ -177,7 +178,7 @@ def splash(
 
   interpret: run it as plain operations, on any platform and slowly.
   """
-  mesh = jax.typeof(query).sharding.mesh
+  mesh = sharding.mesh_of(query)
   length = query.shape[2]
   query = attention.scaled(query, scale)
   arrays = _fill_up(query, key, value, segment_ids, multiple=_LANES)
@@ -187,13 +188,19 @@ def splash(
     segments = splash_attention_kernel.SegmentIds(segment_ids, segment_ids)
     return jax.vmap(kernel)(query, key, value, segments)
 
-  if not mesh.empty:
+  if mesh is not None:
     # XLA does not split a kernel over devices. Rows that do not divide, of an
     # evaluation say, are computed on all of them.
-    is_split = query.shape[0] % mesh.size == 0
-    rows = PartitionSpec(mesh.axis_names if is_split else None)
+    rows, heads, _, _ = sharding.fitting_spec(
+        key.shape, (sharding.ROWS, "tensor", None, None), mesh
+    )
+    own = PartitionSpec(rows, heads)
     own_rows = jax.shard_map(
-        own_rows, mesh=mesh, in_specs=rows, out_specs=rows, check_vma=False
+        own_rows,
+        mesh=mesh,
+        in_specs=(own, own, own, PartitionSpec(rows)),
+        out_specs=own,
+        check_vma=False,
     )
   return own_rows(*arrays)[:, :, :length]
 

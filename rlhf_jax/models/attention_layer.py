@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import attention, attention_kernels
+from rlhf_jax.models import attention, attention_kernels, partitioning
 from rlhf_jax.models.layers import Norm, Projection
 from rlhf_jax.models.transformer_config import TransformerConfig
 
@@ -37,6 +37,8 @@ class Attention(nn.Module):
     if cfg.position == "rotary":
       query = attention.apply_rotary(query, *sight["rotary"])
       key = attention.apply_rotary(key, *sight["rotary"])
+    query = partitioning.constrain(query, "queries")
+    key, value = (partitioning.constrain(a, "keys") for a in (key, value))
     query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
     if past:
       out = attention.attend(

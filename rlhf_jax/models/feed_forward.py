@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from rlhf_jax.models import partitioning
 from rlhf_jax.models.layers import Projection
 from rlhf_jax.models.transformer_config import TransformerConfig
 
@@ -38,6 +39,7 @@ class FeedForward(nn.Module):
       up = _GATED[cfg.activation](wide(name="gate")(x)) * up
     else:
       up = _ACTIVATIONS[cfg.activation](up)
+    up = partitioning.constrain(up, "wide")
     down_shape = (cfg.ff_dim, cfg.width)
     return Projection(
         cfg, down_shape, has_bias, stddev=self.residual_stddev, name="down"

@@ -11,10 +11,22 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models import heads, lora
+from rlhf_jax.models import heads, lora, partitioning
 from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.types import Rollout
+
+
+def whole_sequence(
+    rollout: Rollout,
+) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
+  """Prompts and completions side by side, and their mask."""
+  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
+  mask = jnp.concatenate(
+      [rollout.prompt_mask, rollout.completion_mask], axis=1
+  )
+  return tokens, mask
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,6 +96,7 @@ def _with_wide_head(params: Any, config: TransformerConfig) -> Any:
     return {**params, "head": {"kernel": kernel}}
   trunk = params["trunk"]
   embedding = trunk["token_embedding"].astype(jnp.float32)
+  embedding = partitioning.constrain(embedding, "tied_head")
   return {**params, "trunk": {**trunk, "token_embedding": embedding}}
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Key, UInt32
 
 from rlhf_jax.losses import masking
-from rlhf_jax.models import attention, transformer
+from rlhf_jax.models import attention, partitioning, transformer
 from rlhf_jax.models.layers import INIT_STDDEV
 from rlhf_jax.models.transformer import Cache
 from rlhf_jax.models.transformer_config import TransformerConfig
@@ -83,10 +83,11 @@ class VocabularyHead(nn.Module):
     )
     logits = jnp.einsum(
         "bnd,dv->bnv",
-        hidden,
+        partitioning.constrain(hidden, "before_head"),
         kernel.astype(cfg.dtype),
         preferred_element_type=jnp.float32,
     )
+    logits = partitioning.constrain(logits, "logits")
     return attention.softcap(logits, cfg.logit_softcap)
 
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import lora
+from rlhf_jax.models import lora, partitioning
 from rlhf_jax.models.transformer_config import TransformerConfig
 
 INIT_STDDEV = 0.02
@@ -63,11 +63,12 @@ class Projection(nn.Module):
     lead = x.shape[: x.ndim - self.num_in]
     size_in = math.prod(self.shape[: self.num_in])
     kernel = kernel.astype(cfg.dtype).reshape(size_in, -1)
-    out = (x.reshape(-1, size_in) @ kernel).reshape(*lead, *out_shape)
+    x = x.reshape(*lead, size_in)
+    # Rows and positions that are both split cannot be one dimension.
+    flat = x if partitioning.splits_sequence(x) else x.reshape(-1, size_in)
+    out = (flat @ kernel).reshape(*lead, *out_shape)
     if "adapter" in self.variables:
-      added = lora.product(
-          x.reshape(*lead, size_in), self.variables["adapter"]
-      )
+      added = lora.product(x, self.variables["adapter"])
       out = out + added.reshape(out.shape)
     if not self.use_bias:
       return out

@@ -35,6 +35,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Key, UInt32
 
+from rlhf_jax.models import partitioning
+
 ALL_LINEAR = "all-linear"
 A, B = "lora_a", "lora_b"
 _LAYERS = ("trunk", "layers")
@@ -270,7 +272,9 @@ def product(
   if "row_rngs" in adapter:
     x = _drop(x, adapter["row_rngs"], adapter["dropout"])
   a, b = (adapter[name].astype(x.dtype) for name in (A, B))
-  out = (x.reshape(-1, x.shape[-1]) @ a) @ b
+  whole = partitioning.splits_sequence(x)
+  flat = x if whole else x.reshape(-1, x.shape[-1])
+  out = (flat @ a) @ b
   return out.reshape(*x.shape[:-1], out.shape[-1])
 
 

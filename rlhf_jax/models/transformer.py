@@ -35,7 +35,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 import numpy as np
 
-from rlhf_jax.models import attention
+from rlhf_jax.models import attention, partitioning
 from rlhf_jax.models.attention_layer import Attention
 from rlhf_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from rlhf_jax.models.layers import INIT_STDDEV, Norm
@@ -113,6 +113,7 @@ class Block(nn.Module):
         self._norm("pre", "feed_forward_norm", middle)
     )
     x = attended + self._norm("post", "feed_forward_post_norm", out)
+    x = partitioning.constrain(x, "hidden")
     return x, (None if past is None else new)
 
   def _norm(self, place: str, name: str, x: Float[Array, "B N D"]):
@@ -212,16 +213,17 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(self.config.width**0.5, dtype)
     if self.config.position == "learned":
       x = x + _rows(self.position_embedding, positions).astype(dtype)
-    return x
+    return partitioning.constrain(x, "hidden")
 
   def tied_logits(self, hidden: Float[Array, "B N D"]) -> Float[Array, "B N V"]:
     """Logits in float32 with the token embedding as the head."""
     logits = jnp.einsum(
         "bnd,vd->bnv",
-        hidden,
+        partitioning.constrain(hidden, "before_head"),
         self.token_embedding.astype(self.config.dtype),
         preferred_element_type=jnp.float32,
     )
+    logits = partitioning.constrain(logits, "logits")
     return attention.softcap(logits, self.config.logit_softcap)
 
 
@@ -254,9 +256,12 @@ def _sight(
 
 def _rows(table: Float[Array, "V D"], ids: Int[Array, "B N"]):
   # NaN for an id outside of the table: loud, where clipping would be silent.
-  return table.at[ids].get(
+  ids = partitioning.constrain(ids, "looked_up")
+  rows = table.at[ids].get(
       mode="fill", fill_value=jnp.nan, wrap_negative_indices=False
   )
+  rows = partitioning.constrain(rows, "embedded")
+  return partitioning.constrain(rows, "exchanged")
 
 
 def _positions(
@@ -278,7 +283,10 @@ def _write(
   if n > size:
     raise ValueError(f"{n} tokens do not fit into a cache of length {size}")
   k, v = (
-      jax.lax.dynamic_update_slice_in_dim(old, x, cache.index, axis=3)
+      partitioning.constrain(
+          jax.lax.dynamic_update_slice_in_dim(old, x, cache.index, axis=3),
+          "cache",
+      )
       for old, x in zip((cache.k, cache.v), new, strict=True)
   )
   mask = jax.lax.dynamic_update_slice_in_dim(

@@ -17,6 +17,18 @@ from rlhf_jax.rewards.episodes import Episodes, RewardFn
 from rlhf_jax.types import Rollout, ScoreNormalization
 
 
+def make_score_program(config: TransformerConfig):
+  """Jitted (params, normalization, tokens [N, T], mask [N, T]) -> score [N]."""
+  score_fn = functions.make_score_fn(config)
+
+  @jax.jit
+  def score(params, normalization, tokens, mask):
+    raw = score_fn(params, tokens, mask)
+    return normalization.gain * raw + normalization.bias
+
+  return score
+
+
 def make_reward_model(
     config: TransformerConfig,
     params: Any,
@@ -34,13 +46,7 @@ def make_reward_model(
   Raises (when called):
     LengthError: if an episode is longer than the reward model's max_length.
   """
-  score_fn = functions.make_score_fn(config)
-
-  @jax.jit
-  def score(params, normalization, tokens, mask):
-    raw = score_fn(params, tokens, mask)
-    return normalization.gain * raw + normalization.bias
-
+  score = make_score_program(config)
   close = jax.jit(functools.partial(_closed, eos_ids=tokenizer.eos_ids))
 
   def reward(episodes: Episodes):
@@ -66,10 +72,7 @@ def _closed(
   The first of `eos_ids` is put there; a completion that ends with any of them
   has its end.
   """
-  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-  mask = jnp.concatenate(
-      [rollout.prompt_mask, rollout.completion_mask], axis=1
-  )
+  tokens, mask = functions.whole_sequence(rollout)
   last = masking.last_index(mask)[:, None]
   final = jnp.take_along_axis(tokens, last, axis=1)
   has_end = jnp.isin(final, jnp.asarray(eos_ids, tokens.dtype))

@@ -6,6 +6,9 @@ of the total, so the sum over microbatches is the same number however many there
 are. `num_microbatches` changes memory and nothing else. Sums, optimizer state
 and the step itself are float32 whatever the params are: bfloat16 has 8 bits, in
 which a moving average with b2 = 0.999 does not move.
+
+With `jax.pmap` a device accumulates its own rows' share, and the shares are
+summed over the devices here, once, whatever the algorithm (`devices.py`).
 """
 
 from collections.abc import Callable
@@ -16,6 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from rlhf_jax import devices
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.train_state import TrainState, to_float32
@@ -83,7 +87,8 @@ def dropout_rngs(
     return {}
   rng = jax.random.fold_in(state.rng, state.step)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
-  rngs = fold(rng, jnp.arange(math.prod(shape)))
+  rows = jnp.arange(devices.num_devices() * math.prod(shape))
+  rngs = fold(rng, devices.own_rows(rows))
   # A key of the older kind is two numbers.
   return {"row_rngs": rngs.reshape(*shape, *rngs.shape[1:])}
 
@@ -92,6 +97,8 @@ def accumulate_gradients(
     objective: Objective, params: Any, batch: Any, num_microbatches: int
 ) -> tuple[Any, Metrics]:
   """Float32 gradients and metrics of `objective`, summed over microbatches.
+
+  And over the devices, where each has rows of its own.
 
   Metrics gain 'nonfinite/loss', 1 where the summed loss is NaN or infinite.
   """
@@ -111,9 +118,12 @@ def accumulate_gradients(
         split_rows(batch, num_microbatches),
     )
     metrics = metrics_lib.combine(metrics)
+  loss, grads, metrics = devices.sum_over_devices(
+      (loss, to_float32(grads), metrics)
+  )
   bad = (~jnp.isfinite(loss)).astype(jnp.float32)
   metrics = {**metrics, NONFINITE + "loss": metrics_lib.scalar(bad)}
-  return to_float32(grads), metrics
+  return grads, metrics
 
 
 def apply_gradients(

@@ -59,6 +59,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
+from rlhf_jax import devices
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import (
   chunking,
@@ -70,6 +71,7 @@ from rlhf_jax.losses import (
 from rlhf_jax.losses import kl as kl_lib
 from rlhf_jax.losses import returns as returns_lib
 from rlhf_jax.metrics import Metrics
+from rlhf_jax.models import functions
 from rlhf_jax.models.functions import LanguageModelFns, PolicyValueFns
 from rlhf_jax.train_state import TrainState, create_train_state
 from rlhf_jax.types import (
@@ -150,24 +152,13 @@ def iteration_rng(state: PPOState) -> jax.Array:
   return jax.random.fold_in(state.train.rng, state.iteration)
 
 
-def whole_sequence(
-    rollout: Rollout,
-) -> tuple[Int[Array, "B T"], Int[Array, "B T"]]:
-  """Prompts and completions side by side, and their mask."""
-  tokens = jnp.concatenate([rollout.prompts, rollout.completions], axis=1)
-  mask = jnp.concatenate(
-      [rollout.prompt_mask, rollout.completion_mask], axis=1
-  )
-  return tokens, mask
-
-
 def hidden_and_values(
     model: PolicyValueFns, params: Any, rollout: Rollout
 ) -> tuple[Float[Array, "B C D"], Float[Array, "B C"]]:
   """Of the positions P-1 .. P+C-2, each before a completion token."""
   last = rollout.completions.shape[1] + 1
   hidden, values = model.hidden_and_values(
-      params, *whole_sequence(rollout), last
+      params, *functions.whole_sequence(rollout), last
   )
   return hidden[:, :-1], values[:, :-1]
 
@@ -180,7 +171,9 @@ def make_score_rollout(
   def forward(params, ref_params, rollout, temperature):
     hidden, values = hidden_and_values(model, params, rollout)
     ref_hidden = ref_model.hidden(
-        ref_params, *whole_sequence(rollout), hidden.shape[1] + 1
+        ref_params,
+        *functions.whole_sequence(rollout),
+        hidden.shape[1] + 1,
     )[:, :-1]
 
     logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
@@ -239,7 +232,7 @@ def make_score_rollout(
         masking.masked_sum(x, mask, axis=1)
     )
     gap = jnp.abs(logprobs - rollout.logprobs)
-    metrics = {
+    metrics = devices.sum_over_devices({
         "ppo/score": metrics_lib.average(raw_score),
         "ppo/score_after_eos_rule": metrics_lib.average(score),
         "ppo/reward_sum": per_episode(unwhitened),
@@ -248,13 +241,15 @@ def make_score_rollout(
         "ppo/kl_k2": per_episode(kls["k2"]),
         "ppo/kl_k3": per_episode(kls["k3"]),
         "ppo/kl_exact": per_episode(kls["exact"]),
-        "ppo/kl_coef": metrics_lib.scalar(kl_coef),
         "ppo/entropy": metrics_lib.average(entropy, mask),
         "ppo/completion_length": metrics_lib.average(mask.sum(axis=1)),
         "ppo/ended": metrics_lib.average(rollout.ended),
         "ppo/value": metrics_lib.average(values, mask),
-        "ppo/explained_variance": metrics_lib.scalar(1 - residual / spread),
         "ppo/rollout_logprob_gap": metrics_lib.average(gap, mask),
+    })
+    metrics |= {
+        "ppo/kl_coef": metrics_lib.scalar(kl_coef),
+        "ppo/explained_variance": metrics_lib.scalar(1 - residual / spread),
     }
     scored = ScoredRollout(
         rollout=rollout,
@@ -371,10 +366,13 @@ def make_ppo_update(
 
   def minibatch_step(train, minibatch, cfg, frozen):
     scored, ptx = minibatch
-    num_tokens = scored.rollout.completion_mask.sum().astype(jnp.float32)
+    num_tokens = devices.sum_over_devices(
+        scored.rollout.completion_mask.sum().astype(jnp.float32)
+    )
     num_targets = None
     if ptx is not None:
-      num_targets = jnp.maximum(ptx.loss_mask[:, 1:].sum(), 1)
+      num_targets = devices.sum_over_devices(ptx.loss_mask[:, 1:].sum())
+      num_targets = jnp.maximum(num_targets, 1)
 
     def objective(params, microbatch):
       scored, ptx = microbatch
@@ -399,6 +397,8 @@ def make_ppo_update(
     if "adapter_dropout" in frozen:
       raise ValueError("PPO takes no adapter_dropout: train it without")
     rng = jax.random.fold_in(iteration_rng(state), 1)
+    # A device's own rows become those that the permutation gives it.
+    scored = devices.gather_rows(scored)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
 
@@ -417,7 +417,7 @@ def make_ppo_update(
       return (train, stopped), metrics
 
     def one_epoch(carry, rng_epoch):
-      order = jax.random.permutation(rng_epoch, num_rows)
+      order = devices.own_rows(jax.random.permutation(rng_epoch, num_rows))
       shuffled = jax.tree.map(lambda x: x[order], scored)
       parts = gradient.split_rows(shuffled, cfg.num_minibatches)
       return jax.lax.scan(one_minibatch, carry, (parts, ptx_parts))

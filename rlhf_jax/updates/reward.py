@@ -35,6 +35,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
 
+from rlhf_jax import devices
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import preference
 from rlhf_jax.metrics import Metrics
@@ -163,7 +164,8 @@ def make_reward_update(
 
   def update(state, batch, cfg, frozen=None):
     frozen = {} if frozen is None else frozen
-    total_weight = jnp.maximum(batch.weight.sum(), jnp.float32(1e-6))
+    total_weight = devices.sum_over_devices(batch.weight.sum())
+    total_weight = jnp.maximum(total_weight, jnp.float32(1e-6))
     is_ranking = isinstance(batch, RankingBatch)
     objective_fn = ranking_objective if is_ranking else reward_objective
 

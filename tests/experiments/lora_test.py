@@ -292,7 +292,7 @@ def test_ppo_with_other_value_networks_and_devices(
       tmp_path / "ppo",
       value_network=value_network,
       value_init="zero",
-      num_devices=2,
+      mesh__data=2,
       ppo__num_microbatches=2,
   )
   row = tiny.read_jsonl(run / "metrics.jsonl")[1]

@@ -283,9 +283,9 @@ def test_other_microbatches_are_taken_and_told(
   found, wanted = tiny.model_arrays(workdir), tiny.model_arrays(whole)
   for name, array in wanted.items():
     np.testing.assert_allclose(found[name], array, atol=1e-4, err_msg=name)
-  # But not the number of devices.
-  config.train.num_devices = 2
-  with pytest.raises(checkpoint.ConfigMismatch, match="train.num_devices"):
+  # But not the size of a step.
+  config.train.batch_size *= 2
+  with pytest.raises(checkpoint.ConfigMismatch, match="train.batch_size"):
     sft.run(from_config(sft.Config, config), str(workdir))
 
 

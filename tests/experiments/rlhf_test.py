@@ -383,7 +383,7 @@ def test_ppo_with_ptx_minibatches_and_devices(finished_run, tmp_path):
       ppo__ptx_coef=0.5,
       ppo__num_minibatches=2,
       ppo__num_microbatches=2,
-      num_devices=2,
+      mesh__data=2,
       value_init="policy",
       ppo__kl_estimator="exact",
       ppo__whiten_rewards=True,
@@ -720,10 +720,10 @@ def test_more_devices_than_there_are_is_an_error(
     finished_run, tmp_path, capsys
 ):
   settings = tiny.stage("sft", finished_run)
-  settings.train.num_devices = 4096
+  settings.train.mesh.data = 4096
   settings.train.batch_size = 4096
   message = told(capsys, lambda: run_stage(sft, settings, tmp_path / "sft"))
-  assert f"num_devices=4096, but there are {jax.device_count()}" in message
+  assert "mesh {data: 4096} has 4096 devices, and there are 8" in message
 
 
 def test_a_tokenizer_of_another_size_is_an_error(tmp_path, capsys):
@@ -805,7 +805,7 @@ def test_flags_of_a_binary(finished_run, tmp_path):
       tmp_path / "sft",
       "--config.train.loop.num_steps=0",
       "--config.train.batch_size=10",
-      "--config.train.num_devices=4",
+      "--config.train.mesh.data=4",
   )
   tiny.assert_one_message(done, "num_steps must be at least 1")
   # Nothing was begun.

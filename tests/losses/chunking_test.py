@@ -147,7 +147,7 @@ def test_devices_change_nothing_and_gather_no_rows():
     ).sum()
 
   kernel = _draw(2, D, V)
-  mesh = sharding.make_mesh(8)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
   args = (sharding.replicate(kernel, mesh), *sharding.shard_rows(batch, mesh))
   compiled = loss.lower(*args).compile()
   jax.tree.map(

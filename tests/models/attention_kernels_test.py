@@ -1,6 +1,7 @@
 import functools
 
 import jax
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.experimental import topologies
 import jax.numpy as jnp
 import numpy as np
@@ -109,22 +110,22 @@ def test_splash_runs_on_each_devices_own_rows():
   segment_ids = jnp.asarray(np.tile(SEGMENT_IDS, (rows // B, 1)))
   attend = jax.jit(functools.partial(_attend, "splash", window=0))
   wanted = attend(*arrays, segment_ids)
-  mesh = sharding.make_mesh(rows)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=rows))
   split = sharding.shard_rows((*arrays, segment_ids), mesh)
   compiled = attend.lower(*split).compile()
   actual = compiled(*split)
   np.testing.assert_allclose(actual, wanted, atol=1e-6)
   # No device gathers another's rows.
   assert "all-gather" not in compiled.as_text()
-  assert actual.sharding.spec[0] == sharding.DATA_AXIS
+  assert actual.sharding.spec[0] == sharding.ROWS
 
 
 def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
   pytest.importorskip("libtpu", reason="libtpu compiles for TPUs")
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
-  mesh = jax.sharding.Mesh(np.asarray(devices), (sharding.DATA_AXIS,))
-  rows = jax.NamedSharding(mesh, jax.P(sharding.DATA_AXIS))
+  mesh = jax.sharding.Mesh(np.asarray(devices), ("data",))
+  rows = jax.NamedSharding(mesh, jax.P("data"))
   shape = functools.partial(jax.ShapeDtypeStruct, sharding=rows)
 
   def loss(query, key, value, segment_ids):
@@ -213,6 +214,72 @@ def test_cudnn_gives_what_plain_attention_gives_in_bfloat16(window):
       x.astype(jnp.float32), y, atol=0.05
   )
   jax.tree.map(close, actual, wanted)
+
+
+@pytest.fixture
+def cudnn_calls(monkeypatch):
+  """A jitted function's calls of cuDNN as it is lowered for NVIDIA GPUs.
+
+  jax asks the cuDNN that is there for its version; there is none on a CPU. All
+  else of the lowering is what a GPU would get.
+  """
+  monkeypatch.setattr(
+      fused_attention_stablehlo, "check_cudnn_version", lambda: 91000
+  )
+
+  def calls(jitted, *args):
+    lowered = jitted.trace(*args).lower(lowering_platforms=("cuda",))
+    return [x for x in lowered.as_text().splitlines() if "@__cudnn" in x]
+
+  return calls
+
+
+@pytest.mark.parametrize("window", [0, 30])
+@pytest.mark.parametrize("num_kv_heads", [1, 2, H])
+def test_cudnn_is_what_gpus_are_given(num_kv_heads, window, cudnn_calls):
+  arrays = _arrays(num_kv_heads, dtype="bfloat16")
+  gradients = functools.partial(_output_and_gradients, window=window)
+  calls = cudnn_calls(jax.jit(gradients, static_argnums=0), "cudnn", arrays)
+  # With the scores of forward and backward pass in neither.
+  names = ["fmhaScaleBiasSoftmax(", "fmhaScaleBiasSoftmaxBackward("]
+  assert len(calls) == 2
+  for call, name in zip(calls, names):
+    assert f"@__cudnn${name}" in call
+    # Key heads are not repeated; causality and window are the kernel's own,
+    # segments and padding the mask.
+    shared = f"tensor<{B}x{N}x{num_kv_heads}x{K}xbf16>"
+    operands = f": (tensor<{B}x{N}x{H}x{K}xbf16>, {shared}, {shared}"
+    assert operands in call and f"tensor<{B}x1x{N}x{N}xbf16>" in call
+    assert "mask_type\\22: \\22CAUSAL\\22" in call
+    assert f"sliding_window_length\\22: {window}," in call
+    assert "fmha_scale\\22: 0.3," in call
+
+
+def test_a_decoder_with_cudnn_calls_it_at_any_length(cudnn_calls, monkeypatch):
+  monkeypatch.setattr(
+      attention_kernels, "choose_backend", lambda wanted, **_: wanted
+  )
+  # An odd length, which cuDNN's backward pass refuses beside a mask.
+  tokens = random_tokens(0, 2, 9)
+  mask = jnp.array([[0, 0, 1, 1, 1, 1, 1, 1, 1], [1, 1, 1, 2, 2, 2, 2, 0, 0]])
+  model, params = small_language_model(
+      attention_backend="cudnn",
+      dtype="bfloat16",
+      head_dim=8,
+      sliding_window=3,
+  )
+
+  @jax.jit
+  def loss(params):
+    logits, _ = model.apply({"params": params}, tokens, mask)
+    return jnp.square(jnp.where(mask[..., None] > 0, logits, 0.0)).sum()
+
+  calls = cudnn_calls(jax.jit(jax.grad(loss)), params)
+  forward = [x for x in calls if "fmhaScaleBiasSoftmax(" in x]
+  backward = [x for x in calls if "fmhaScaleBiasSoftmaxBackward(" in x]
+  assert len(forward) == len(backward) == 1  # in the loop over layers
+  assert all("sliding_window_length\\22: 3," in x for x in calls)
+  assert all("tensor<2x10x" in x for x in calls)
 
 
 def _choose(wanted, **changes):

@@ -16,10 +16,15 @@ from rlhf_jax.train_state import TrainState, create_train_state
 from rlhf_jax.updates import gradient, ppo, reward, sft
 from tests.models.small import random_params
 from tests.updates import small
-from tests.updates.small import assert_trees_close, assert_trees_equal
+from tests.updates.small import (
+  DROPOUT,
+  LORA,
+  assert_trees_close,
+  assert_trees_equal,
+  frozen_base,
+  random_adapter,
+)
 
-LORA = lora.LoraConfig(rank=2, alpha=3.0, targets=("all-linear",))
-DROPOUT = dataclasses.replace(LORA, dropout=0.3)
 CFG = sft.SFTConfig(z_loss_coef=0.01)
 sft_update = jax.jit(sft.make_sft_update(small.MODEL, small.SGD))
 reward_update = jax.jit(
@@ -27,41 +32,26 @@ reward_update = jax.jit(
 )
 
 
-def _random_adapter(base, config=LORA, seed=0):
-  rng = np.random.default_rng(seed)
-  return jax.tree.map(
-      lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
-      lora.init(jax.random.key(0), config, base),
-  )
-
-
-def _frozen(base, config):
-  frozen = {"base": base, "adapter_scale": jnp.float32(config.scale)}
-  if config.dropout:
-    frozen["adapter_dropout"] = jnp.float32(config.dropout)
-  return frozen
-
-
 def _sft_state(seed=0):
-  params = {"adapter": _random_adapter(small.language_model_params())}
+  params = {"adapter": random_adapter(small.language_model_params())}
   return create_train_state(params, small.SGD, jax.random.key(seed))
 
 
 def _sft(config=LORA, cfg=CFG, seed=0):
-  frozen = _frozen(small.language_model_params(), config)
+  frozen = frozen_base(small.language_model_params(), config)
   return sft_update(_sft_state(seed), small.lm_batch(), cfg, frozen)
 
 
 def _reward_state():
   params = {
-      "adapter": _random_adapter(small.language_model_params()),
+      "adapter": random_adapter(small.language_model_params()),
       "head": small.scalar_params()["head"],
   }
   return create_train_state(params, small.SGD, jax.random.key(0))
 
 
 def _reward(config, cfg, batch):
-  frozen = _frozen(small.language_model_params(), config)
+  frozen = frozen_base(small.language_model_params(), config)
   return reward_update(_reward_state(), batch, cfg, frozen)
 
 
@@ -102,12 +92,12 @@ def test_gradients_are_those_of_the_merged_weights_by_the_chain_rule():
 def test_state_and_optimizer_hold_the_adapter_alone():
   base = small.language_model_params()
   tx = optim.make_optimizer(optim.OptimizerConfig(learning_rate=0.01), 1)
-  params = {"adapter": _random_adapter(base)}
+  params = {"adapter": random_adapter(base)}
   state = create_train_state(params, tx, jax.random.key(0))
   num = sum(x.size for x in jax.tree.leaves(params))
   held = [x for x in jax.tree.leaves(state.opt_state) if x.size > 1]
   assert sum(x.size for x in held) == 2 * num  # Adam's two moments
-  batch, frozen = small.lm_batch(), _frozen(base, LORA)
+  batch, frozen = small.lm_batch(), frozen_base(base, LORA)
   new, _ = jax.jit(sft.make_sft_update(small.MODEL, tx))(
       state, batch, CFG, frozen
   )
@@ -122,7 +112,7 @@ def test_adapters_matrices_are_decayed_as_kernels_are():
   tx = optim.make_optimizer(
       optim.OptimizerConfig(learning_rate=1.0, weight_decay=0.5), 1
   )
-  params = _random_adapter(small.language_model_params())
+  params = random_adapter(small.language_model_params())
   zeros = jax.tree.map(jnp.zeros_like, params)
   updates, _ = tx.update(zeros, tx.init(params), params)
   jax.tree.map(
@@ -144,7 +134,7 @@ def test_dropout_changes_a_step_and_its_seed_decides_how():
   again = _sft(DROPOUT)
   assert_trees_equal(again[0].params, dropped[0].params)
   # The next step has other masks.
-  frozen = _frozen(small.language_model_params(), DROPOUT)
+  frozen = frozen_base(small.language_model_params(), DROPOUT)
   later = dataclasses.replace(_sft_state(), step=jnp.int32(1))
   _, metrics = sft_update(later, small.lm_batch(), CFG, frozen)
   next_loss = metrics_lib.compute(metrics)["sft/loss"]
@@ -165,13 +155,13 @@ def test_microbatches_change_no_mask_of_dropout(num_microbatches):
 
 def test_devices_change_no_mask_of_dropout():
   one, _ = _sft(DROPOUT)
-  mesh = sharding.make_mesh(8)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
   eight, _ = sft_update(
       sharding.replicate(_sft_state(), mesh),
       sharding.shard_rows(small.lm_batch(), mesh),
       CFG,
       sharding.replicate(
-          _frozen(small.language_model_params(), DROPOUT), mesh
+          frozen_base(small.language_model_params(), DROPOUT), mesh
       ),
   )
   assert_trees_close(eight.params, one.params, atol=1e-5)
@@ -194,7 +184,7 @@ def test_microbatches_change_no_mask_of_a_reward_models_dropout(batch):
 
 
 def test_the_two_of_a_pair_lose_different_inputs():
-  frozen = _frozen(small.language_model_params(), DROPOUT)
+  frozen = frozen_base(small.language_model_params(), DROPOUT)
   batch = small.preference_batch()
   # Twice the same completion: without dropout it scores the same.
   same = dataclasses.replace(
@@ -205,7 +195,7 @@ def test_the_two_of_a_pair_lose_different_inputs():
       ),
   )
   for config, differ in ((LORA, False), (DROPOUT, True)):
-    frozen = _frozen(small.language_model_params(), config)
+    frozen = frozen_base(small.language_model_params(), config)
     _, metrics = reward_update(
         _reward_state(), same, reward.RewardConfig(), frozen
     )
@@ -229,12 +219,12 @@ def _ppo_params(fresh):
   make = (
       functools.partial(lora.init, jax.random.key(3), LORA)
       if fresh
-      else _random_adapter
+      else random_adapter
   )
   return {
       "policy": {"adapter": make(base)},
       "value": {
-          "adapter": _random_adapter(base, seed=5),
+          "adapter": random_adapter(base, seed=5),
           "head": small.scalar_params()["head"],
       },
   }
@@ -243,7 +233,7 @@ def _ppo_params(fresh):
 def _score(params):
   base = small.language_model_params()
   return score_rollout(
-      _frozen(base, LORA) | params,
+      frozen_base(base, LORA) | params,
       base,
       small.sampled_rollout(),
       jnp.linspace(-1.0, 1.0, small.B),
@@ -294,7 +284,7 @@ def test_an_update_moves_both_adapters_and_the_first_ratio_is_one():
   state = ppo.create_ppo_state(
       params, small.SGD, jax.random.key(0), PPO_CFG
   )
-  frozen = _frozen(small.language_model_params(), LORA)
+  frozen = frozen_base(small.language_model_params(), LORA)
   new, metrics = ppo_update(state, scored, None, PPO_CFG, frozen)
   assert metrics_lib.compute(metrics)["ppo/first_ratio_gap"] < 1e-5
   assert jax.tree.structure(new) == jax.tree.structure(state)
@@ -340,7 +330,7 @@ def _memory_of_ppo(with_adapters: bool):
       config=lora.LoraConfig(rank=1, alpha=1.0, targets=("attention/query",)),
       base=base,
   )
-  frozen = _frozen(base, LORA) if with_adapters else {}
+  frozen = frozen_base(base, LORA) if with_adapters else {}
   params = (
       {
           "policy": {"adapter": fresh(jax.random.key(1))},

@@ -127,7 +127,7 @@ def test_microbatches_change_nothing(updated, kind):
 @kinds
 def test_devices_change_nothing(updated, kind):
   state, metrics = updated[kind]
-  mesh = sharding.make_mesh(8)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
   state_8, metrics_8 = update(
       sharding.replicate(_state(), mesh),
       sharding.shard_rows(BATCHES[kind], mesh),

@@ -3,6 +3,7 @@
 Programs are compiled once: what is jitted here is shared by the test files.
 """
 
+import dataclasses
 import functools
 
 import jax
@@ -11,7 +12,7 @@ import numpy as np
 import optax
 
 from rlhf_jax.generation import decode
-from rlhf_jax.models import functions
+from rlhf_jax.models import functions, lora
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.types import LMBatch, PreferenceBatch, RankingBatch
 from tests.models.small import random_params, random_tokens, small_config
@@ -47,6 +48,27 @@ def language_model_params(seed=0):
 @functools.cache
 def scalar_params(seed=1):
   return random_params(ScalarModel(CONFIG), seed)
+
+
+LORA = lora.LoraConfig(rank=2, alpha=3.0, targets=("all-linear",))
+DROPOUT = dataclasses.replace(LORA, dropout=0.3)
+
+
+def random_adapter(base, config=LORA, seed=0):
+  """One that has moved: a fresh one changes nothing."""
+  rng = np.random.default_rng(seed)
+  return jax.tree.map(
+      lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape), x.dtype),
+      lora.init(jax.random.key(0), config, base),
+  )
+
+
+def frozen_base(base, config=LORA):
+  """What a model takes beside an adapter."""
+  frozen = {"base": base, "adapter_scale": jnp.float32(config.scale)}
+  if config.dropout:
+    frozen["adapter_dropout"] = jnp.float32(config.dropout)
+  return frozen
 
 
 def ragged_mask(seed, *shape):

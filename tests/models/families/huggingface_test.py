@@ -68,12 +68,10 @@ def test_import_of_an_export_is_bitwise_the_same(name, tmp_path):
 
 
 # What bfloat16, with its 8 bits, may change of a log-prob in these models,
-# where log-probs reach -7: at most, and on average.
-BFLOAT16_LARGEST, BFLOAT16_MEAN = 0.1, 0.015
-BFLOAT16_LARGEST_OF = {
-    "gemma3_text": 0.2,  # four layers
-    "mixtral": 0.3,  # near a tie it takes another expert
-}
+# where log-probs reach -7: at most, and on average. Measured: 0.09 and 0.0093;
+# mixtral 0.25, which near a tie takes another expert.
+BFLOAT16_LARGEST, BFLOAT16_MEAN = 0.1, 0.012
+MIXTRAL_BFLOAT16_LARGEST = 0.3
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -88,7 +86,8 @@ def test_bfloat16_stays_within_its_bound(name):
   difference = np.abs(
       jax.nn.log_softmax(logits) - jax.nn.log_softmax(expected["logits"])
   )[expected["mask"] == 1]
-  bound = BFLOAT16_LARGEST_OF.get(name, BFLOAT16_LARGEST)
+  is_mixtral = name == "mixtral"
+  bound = MIXTRAL_BFLOAT16_LARGEST if is_mixtral else BFLOAT16_LARGEST
   assert 1e-3 < difference.max() < bound
   assert difference.mean() < BFLOAT16_MEAN
 

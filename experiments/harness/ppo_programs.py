@@ -1,0 +1,80 @@
+"""The compiled programs of one PPO iteration, before any of them has run.
+
+They depend on shapes, rules and coefficients alone, so that a plan compiles
+the very programs that a run will run.
+"""
+
+from collections.abc import Callable
+import dataclasses
+from typing import Any
+
+import jax
+import optax
+
+from experiments.harness.devices import PPOSharding
+from rlhf_jax import sharding
+from rlhf_jax.generation import decode
+from rlhf_jax.models import functions, heads
+from rlhf_jax.models.transformer import TransformerConfig
+from rlhf_jax.updates import ppo
+
+
+@dataclasses.dataclass(frozen=True)
+class Programs:
+  """Jitted, so that each can be called, or lowered for shapes.
+
+  rollout: (state, prompt batch, sampling, frozen) -> Rollout
+  score: (params, ref_params, rollout, score, kl_coef, cfg) -> (scored, metrics)
+  update: (state, scored, ptx, cfg, frozen) -> (state, metrics); the state is
+    donated.
+  """
+
+  rollout: Callable[..., Any]
+  score: Callable[..., Any]
+  update: Callable[..., Any]
+
+
+def state_rules(rules: PPOSharding) -> dict[str, sharding.Rules]:
+  """Those of the two models that PPO's state holds."""
+  return {name: rules.rules_of(name) for name in ("policy", "value")}
+
+
+def make_programs(
+    policy_config: TransformerConfig,
+    ref_config: TransformerConfig,
+    value_config: TransformerConfig | None,
+    tx: optax.GradientTransformation,
+    state: ppo.PPOState,
+    mesh: jax.sharding.Mesh,
+    rules: PPOSharding,
+) -> Programs:
+  """The three programs of an iteration.
+
+  Args:
+    value_config: None where the value network shares the policy's trunk.
+    state: or its shapes.
+  """
+  model = functions.make_policy_value(policy_config, value_config)
+  ref_model = functions.make_language_model(ref_config)
+  generate = decode.make_generate(heads.LanguageModel(policy_config))
+
+  def rollout(state, batch, sampling, frozen):
+    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
+    params = frozen | state.train.params["policy"]
+    return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
+
+  rows = sharding.rows(mesh)
+  return Programs(
+      rollout=jax.jit(rollout, out_shardings=rows),
+      score=jax.jit(
+          ppo.make_score_rollout(model, ref_model), out_shardings=(rows, None)
+      ),
+      update=jax.jit(
+          ppo.make_ppo_update(model, tx),
+          donate_argnums=0,
+          out_shardings=(
+              sharding.shardings_of(state, state_rules(rules), mesh),
+              None,
+          ),
+      ),
+  )

@@ -6,9 +6,11 @@ once, that arguments arrive as they were given, that a run whose chips are taken
 away goes on to its done-mark.
 """
 
+import importlib
 import os
 import pathlib
 import re
+import shlex
 import shutil
 import subprocess
 import time
@@ -18,6 +20,7 @@ import pytest
 from tests.fake_gcloud.cloud import FAKES, NASTY, SCRIPTS, Cloud
 
 GOLDEN = FAKES / "golden"
+TREE = SCRIPTS.parent
 
 pytestmark = pytest.mark.skipif(
     not (shutil.which("bash") and shutil.which("git")),
@@ -438,6 +441,37 @@ def test_what_is_wrong_is_told_before_anything_is_asked(
 ):
   assert expected in cloud.failed(script, *args, **env)
   assert cloud.calls() == []
+
+
+def _runs_in_readme():
+  """(binary, arguments) of every run that the page tells of."""
+  text = (SCRIPTS / "README.md").read_text()
+  blocks = re.findall(r"```bash\n(.*?)```", text, re.DOTALL)
+  for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+    words = shlex.split(line, comments=True)
+    for i, word in enumerate(words):
+      if word.startswith("experiments."):
+        yield word, words[i + 1 :]
+
+
+def test_the_page_names_binaries_and_fields_that_there_are():
+  runs = list(_runs_in_readme())
+  assert {binary for binary, _ in runs} >= {
+      "experiments.ppo",
+      "experiments.rlhf",
+  }
+  for binary, words in runs:
+    assert (TREE / f"{binary.replace('.', '/')}.py").exists(), binary
+    (place,) = [x.removeprefix("--config=") for x in words if "config=" in x]
+    path, _, arg = place.partition(":")
+    module = importlib.import_module(path.removesuffix(".py").replace("/", "."))
+    config = module.get_config(arg) if arg else module.get_config()
+    for word in words:
+      if match := re.match(r"--config\.([\w.]+)=", word):
+        section = config
+        for name in match[1].split("."):
+          assert name in section, word
+          section = section[name]
 
 
 def test_shellcheck_is_content():

@@ -338,10 +338,23 @@ def test_a_bucket_without_folders_is_refused(cloud):
   assert "no hierarchical namespace" in cloud.failed("create.sh")
 
 
-def test_chips_of_another_type_are_not_taken_for_ours(cloud):
-  cloud.ok("create.sh")
-  stderr = cloud.failed("create.sh", ACCELERATOR_TYPE="v6e-8")
-  assert "is a v5litepod-16 and env.sh asks for v6e-8" in stderr
+@pytest.mark.parametrize("resource", ["queued", "vm"])
+def test_chips_of_another_shape_are_not_taken_for_ours(cloud, resource):
+  cloud.ok("create.sh", RESOURCE=resource)
+  others = [{"ACCELERATOR_TYPE": "v6e-8"}]
+  if resource == "queued":
+    others.append({"NUM_SLICES": "2"})
+  for other in others:
+    for script in ("create.sh", "delete.sh"):
+      stderr = cloud.failed(script, RESOURCE=resource, **other)
+      assert "rlhf is a v5litepod-16" in stderr or "the node rlhf," in stderr
+  cloud.ok("delete.sh", RESOURCE=resource)
+  if resource == "queued":
+    cloud.ok("create.sh", NUM_SLICES="3")
+    assert "has 3 slices" in cloud.failed("create.sh", NUM_SLICES="2")
+    assert "the node rlhf-0," in cloud.failed("create.sh")
+    cloud.ok("delete.sh", NUM_SLICES="3")
+  assert len(cloud.calls(" delete rlhf")) == len(cloud.calls(" create rlhf"))
 
 
 def test_a_bucket_that_does_not_mount_is_an_error_before_anything_runs(cloud):

@@ -67,7 +67,13 @@ check_env() {
     *) die "RESOURCE='$RESOURCE' must be queued or vm" ;;
   esac
   ((NUM_SLICES >= 1)) || die "NUM_SLICES=$NUM_SLICES must be at least 1"
+  check_gcloud
   set_names
+}
+
+check_gcloud() {
+  $DRY_RUN || command -v gcloud >/dev/null ||
+    die "gcloud is not installed: https://cloud.google.com/sdk/docs/install"
 }
 
 # RUNTIME_VERSION and NODES, which follow from the settings.
@@ -113,12 +119,15 @@ ask() {
 # Sets STATE to absent, waiting, ready, preempted, failed, deleting or unknown,
 # and RAW_STATE to what it was called, or to the error. In a dry run STATE is $1.
 read_state() {
-  local kind=tpu-vm name=$TPU_NAME format='value(state,acceleratorType)' type
+  local kind=tpu-vm fields='state,acceleratorType' type node count
   if [[ $RESOURCE == queued ]]; then
     kind=queued-resources
-    format='value(state.state,tpu.nodeSpec[0].node.acceleratorType.basename())'
+    fields='state.state,tpu.nodeSpec[0].node.acceleratorType.basename()'
+    fields+=',tpu.nodeSpec[0].nodeId,tpu.nodeSpec.len()'
   fi
-  ask compute tpus "$kind" describe "$name" --zone="$ZONE" --format="$format"
+  # As csv, in which a field that is not there has its place.
+  ask compute tpus "$kind" describe "$TPU_NAME" --zone="$ZONE" \
+    --format="csv[no-heading]($fields)"
   if $DRY_RUN; then
     STATE=$1 RAW_STATE=$1
     return
@@ -128,11 +137,23 @@ read_state() {
     if [[ $ERROR == absent ]]; then STATE=absent RAW_STATE=absent; fi
     return
   fi
-  read -r RAW_STATE type <<<"$ANSWER"
-  [[ -z $type || ${type##*/} == "$ACCELERATOR_TYPE" ]] ||
-    die "$TPU_NAME is a $type and env.sh asks for $ACCELERATOR_TYPE: take" \
-      "another TPU_NAME, or delete it first with tpu_scripts/delete.sh"
+  IFS=, read -r RAW_STATE type node count <<<"$ANSWER"
+  check_is_ours "${type##*/}" "$node" "$count"
   classify_state
+}
+
+# check_is_ours TYPE FIRST_NODE NUM_NODES, each '' if it is not known: chips of
+# another shape under our name are not ours to use, replace or delete.
+check_is_ours() {
+  local is=""
+  if [[ -n $1 && $1 != "$ACCELERATOR_TYPE" ]]; then
+    is="is a $1, and env.sh asks for $ACCELERATOR_TYPE"
+  elif [[ -n $2 && $2 != "${NODES[0]}" ]]; then
+    is="has the node $2, and NUM_SLICES=$NUM_SLICES would have ${NODES[0]}"
+  elif [[ -n $2 && -n $3 && $3 != "$NUM_SLICES" ]]; then
+    is="has $3 slices, and env.sh asks for $NUM_SLICES"
+  fi
+  [[ -z $is ]] || die "$TPU_NAME $is: set what it is, or take another TPU_NAME"
 }
 
 classify_state() {

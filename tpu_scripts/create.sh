@@ -31,7 +31,7 @@ make_bucket() {
       --uniform-bucket-level-access --enable-hierarchical-namespace
   elif [[ -n $ERROR ]]; then
     die "cannot read gs://$BUCKET: $ERROR"
-  elif [[ $ANSWER != True ]]; then
+  elif [[ $ANSWER != [Tt]rue ]]; then
     die "gs://$BUCKET has no hierarchical namespace, which checkpoints need:" \
       "name a BUCKET that does not exist yet, and it is made"
   fi

@@ -29,7 +29,7 @@ delete() {
 
 read_state ready
 case $STATE in
-  absent) say "$TPU_NAME is not there: nothing to delete" ;;
+  absent) say "there is no $TPU_NAME in $ZONE of $PROJECT to delete" ;;
   unknown) die "cannot see what state $TPU_NAME is in, and chips may go on" \
     "costing: $RAW_STATE" ;;
   *)

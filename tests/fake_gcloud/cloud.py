@@ -93,4 +93,7 @@ class Cloud:
     if (self.root / "resources.json").exists():
       for name, made in self.resources().items():
         resource = "vm" if made["kind"] == "tpu-vm" else "queued"
-        self.ok("delete.sh", RESOURCE=resource, TPU_NAME=name)
+        count = str(len(made["nodes"]))
+        self.ok(
+            "delete.sh", RESOURCE=resource, TPU_NAME=name, NUM_SLICES=count
+        )

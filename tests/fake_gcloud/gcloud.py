@@ -122,7 +122,7 @@ def _create(kind, name, flags, resources):
 
 
 def _describe(kind, name, resources):
-  """As --format=value(...) prints it: the state, and the type if asked."""
+  """As the scripts' --format prints it: of a queue's node, the state alone."""
   for resource in resources.values():
     if kind == "tpu-vm" and resource["kind"] != kind:
       if name in resource["nodes"]:
@@ -132,7 +132,10 @@ def _describe(kind, name, resources):
   if name not in resources or resources[name]["kind"] != kind:
     _fail(f"NOT_FOUND: Resource '{name}' was not found")
   resource = resources[name]
-  print(resource["states"][0], resource["type"], sep="\t")
+  fields = [resource["states"][0], resource["type"]]
+  if kind == "queued-resources":
+    fields += [resource["nodes"][0], str(len(resource["nodes"]))]
+  print(",".join(fields))
   if len(resource["states"]) > 1:
     resource["states"].pop(0)
     _write("resources.json", resources)

@@ -33,6 +33,11 @@ from experiments.harness import (
 )
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.parallelism import (
+  Parallelism,
+  check_parallelism,
+  compile_step,
+)
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, pipeline
 from rlhf_jax.data.records import Ranking
@@ -56,6 +61,8 @@ class Config:
 
   heldout: comparisons that training never sees; the same source as
     comparisons, if each uses its share of it.
+  mesh, sharding: over which devices and how, see `harness/devices.py`.
+  parallelism: jit or pmap, see `harness/parallelism.py`.
   compute: how, see `harness/compute.py`.
   lora: an adapter to train instead of the trunk, of rank 0 for none; the head
     is trained either way.
@@ -75,6 +82,7 @@ class Config:
   batch_size: int
   mesh: MeshConfig
   sharding: devices.RewardModelSharding
+  parallelism: Parallelism
   optimizer: optim.OptimizerConfig
   compute: ComputeConfig
   lora: LoraConfig
@@ -91,6 +99,9 @@ class Config:
         self.max_prompt_length + self.max_completion_length,
         self.mesh,
         "max_prompt_length + max_completion_length",
+    )
+    check_parallelism(
+        self.parallelism, self.mesh.sizes(jax.device_count())
     )
     checks.check_ranges(
         self,
@@ -143,9 +154,12 @@ def run(config: Config, workdir: str) -> None:
   state = sharding.place(
       create_train_state(params, tx, rng_state), rules, mesh
   )
-  update = jax.jit(
+  update = compile_step(
       reward_update.make_reward_update(score_fn, tx),
-      donate_argnums=0,
+      config.parallelism,
+      mesh,
+      rows=(1,),
+      donate=(0,),
       out_shardings=(sharding.of(state), None),
   )
 
@@ -161,7 +175,10 @@ def run(config: Config, workdir: str) -> None:
       step=step,
       batches=iter(
           pipeline.make_dataset(
-              train, batch_size=config.batch_size, seed=config.seed
+              train,
+              batch_size=config.batch_size,
+              seed=config.seed,
+              local_rows=sharding.local_rows(mesh, config.batch_size),
           )
       ),
       evaluate=lambda state: (
@@ -192,7 +209,9 @@ def run(config: Config, workdir: str) -> None:
     scores = evaluator.make_reward_fn(
         models.RewardModel(policy.config, params, one, policy.tokenizer)
     )(sample_reference(rng_samples))
-  normalization = _fit_normalization(jnp.asarray(scores))
+  normalization = _fit_normalization(
+      jnp.asarray(sharding.to_host(scores))
+  )
   report = make_calibration(
       heldout_scores, heldout, heldout_records, config.seed
   )
@@ -202,7 +221,7 @@ def run(config: Config, workdir: str) -> None:
       out.dir,
       models.RewardModel(
           policy.config,
-          jax.device_get(params),
+          sharding.to_host(params),
           normalization,
           policy.tokenizer,
       ),
@@ -254,7 +273,7 @@ class BatchScorer:
     for start in range(0, num_rows, size):
       rows = np.arange(start, start + size) % num_rows
       part = jax.tree.map(lambda x: x[rows], batch)
-      parts.append(np.asarray(self._score(params, part)))
+      parts.append(sharding.to_host(self._score(params, part)))
     return np.concatenate(parts)[:num_rows]
 
 

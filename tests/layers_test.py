@@ -16,7 +16,7 @@ CONFIGS = sorted((REPO / "configs").rglob("*.py"))
 # Layer of every part of the library: it may import those below, and siblings.
 LAYERS = {
     "types": 0,
-    "devices": 0,
+    "collectives": 0,
     "losses": 1,
     "models": 2,
     "generation": 2,
@@ -36,7 +36,7 @@ LAYERS = {
 }
 LEAVES = ("sharding", "optim", "train_state", "metrics", "array_folder",
           "checkpoint")
-PURE = ("losses", "types", "devices")
+PURE = ("losses", "types", "collectives")
 # Text, and nothing that trains.
 READERS = ("data", "worlds", "evaluation", "rewards", "feedback")
 

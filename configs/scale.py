@@ -7,9 +7,9 @@ pythia_1b, pythia_6.9b, llama3_8b and llama3_70b, each with a value network and
 a reward model of its own size, by the recipe of TL;DR in Huang et al. (arXiv
 2403.17031): prompts of 512 tokens, completions of 53, 512 episodes an
 iteration, 4 epochs of 1 minibatch, 10^6 episodes, temperature 0.7, KL 0.05.
-pythia_6.9b_lora trains adapters of rank 64 on one bfloat16 base, 256 episodes an
-iteration: four models of 6.9B with Adam's moments of two, or keys and values of
-512 episodes beside adapters, do not fit 16 chips of v5e.
+pythia_6.9b_lora trains adapters of rank 64 on one bfloat16 base, on 256
+episodes an iteration: four models of 6.9B with Adam's moments of two, or the
+keys and values of 512 episodes beside adapters, do not fit 16 chips of v5e.
 
 None has been run: what they take is planned, in docs/plans.md, from the shapes
 in configs/shapes (the published config.json, without weights). To run one, say

@@ -175,7 +175,10 @@ def run(config: Config, workdir: str) -> None:
       step=step,
       batches=iter(
           pipeline.make_dataset(
-              train, batch_size=config.batch_size, seed=config.seed
+              train,
+              batch_size=config.batch_size,
+              seed=config.seed,
+              local_rows=sharding.local_rows(mesh, config.batch_size),
           )
       ),
       evaluate=lambda state: (
@@ -206,7 +209,9 @@ def run(config: Config, workdir: str) -> None:
     scores = evaluator.make_reward_fn(
         models.RewardModel(policy.config, params, one, policy.tokenizer)
     )(sample_reference(rng_samples))
-  normalization = _fit_normalization(jnp.asarray(scores))
+  normalization = _fit_normalization(
+      jnp.asarray(sharding.to_host(scores))
+  )
   report = make_calibration(
       heldout_scores, heldout, heldout_records, config.seed
   )
@@ -216,7 +221,7 @@ def run(config: Config, workdir: str) -> None:
       out.dir,
       models.RewardModel(
           policy.config,
-          jax.device_get(params),
+          sharding.to_host(params),
           normalization,
           policy.tokenizer,
       ),
@@ -268,7 +273,7 @@ class BatchScorer:
     for start in range(0, num_rows, size):
       rows = np.arange(start, start + size) % num_rows
       part = jax.tree.map(lambda x: x[rows], batch)
-      parts.append(np.asarray(self._score(params, part)))
+      parts.append(sharding.to_host(self._score(params, part)))
     return np.concatenate(parts)[:num_rows]
 
 

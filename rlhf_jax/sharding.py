@@ -21,7 +21,7 @@ import re
 from typing import Any
 
 import jax
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 import numpy as np
 
@@ -141,7 +141,27 @@ def _arranged(devices: list[Any], shape: tuple[int, ...]) -> np.ndarray:
 
 def replicate(tree: Any, mesh: Mesh) -> Any:
   """A copy of every array on every device."""
-  return jax.device_put(tree, NamedSharding(mesh, PartitionSpec()))
+  sharding = NamedSharding(mesh, PartitionSpec())
+  return jax.tree.map(lambda x: put(x, sharding), tree)
+
+
+def put(x: Any, sharding: NamedSharding, *, copy: bool = False) -> jax.Array:
+  """`x` on that sharding, which may be of several processes.
+
+  What no process but this one knows of must be the same in all.
+
+  Args:
+    copy: also if it lies there already, so that it may be donated.
+  """
+  if sharding.is_fully_addressable or (
+      isinstance(x, jax.Array) and not x.is_fully_addressable
+  ):
+    return jax.device_put(x, sharding, may_alias=False if copy else None)
+  if jax.dtypes.issubdtype(x.dtype, jax.dtypes.prng_key):
+    data = put(jax.random.key_data(x), sharding)
+    return jax.random.wrap_key_data(data, impl=jax.random.key_impl(x))
+  host = np.asarray(x)
+  return jax.make_array_from_callback(x.shape, sharding, lambda i: host[i])
 
 
 def rows(mesh: Mesh) -> NamedSharding:
@@ -149,17 +169,78 @@ def rows(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+  """Rows that every process knows, split over this mesh."""
+  return jax.tree.map(lambda x: put(x, rows(mesh)), tree)
+
+
+def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
+  """Which rows of a batch lie on this process's devices, in order.
+
+  With one process these are all; where processes share the splits of one row,
+  each has it.
+
+  Raises:
+    ValueError: if the rows do not divide over the devices.
+  """
+  _check_rows(num_rows, mesh)
+  parts = {
+      index[0].indices(num_rows)[:2]
+      for index in rows(mesh).addressable_devices_indices_map(
+          (num_rows,)
+      ).values()
+  }
+  return np.concatenate([np.arange(*part) for part in sorted(parts)])
+
+
 def shard_rows(tree: Any, mesh: Mesh) -> Any:
   """Splits every array's leading axis over the mesh's row axes.
+
+  Args:
+    tree: of the batch's rows those that `local_rows` names.
 
   Raises:
     ValueError: if the rows do not divide over the devices.
   """
   num = math.prod(mesh.shape[axis] for axis in ROWS)
+  held = len(local_rows(mesh, num))
   for x in jax.tree.leaves(tree):
-    if x.shape[0] % num:
-      raise ValueError(f"{x.shape[0]} rows do not divide over {num} devices")
-  return jax.device_put(tree, rows(mesh))
+    if x.shape[0] % held:
+      raise ValueError(f"{x.shape[0]} rows do not divide over {held} devices")
+  if held == num:
+    return jax.device_put(tree, rows(mesh))
+  return jax.tree.map(lambda x: _from_parts(x, mesh, num // held), tree)
+
+
+def _from_parts(x: Any, mesh: Mesh, num_parts: int) -> jax.Array:
+  """An array of all processes, of which this one has the rows `x`."""
+  num_rows = x.shape[0] * num_parts
+  mine = local_rows(mesh, num_rows)
+
+  def part(index):
+    start, stop, _ = index[0].indices(num_rows)
+    return x[np.searchsorted(mine, start) :][: stop - start]
+
+  return jax.make_array_from_callback(
+      (num_rows, *x.shape[1:]), rows(mesh), part
+  )
+
+
+def _check_rows(num_rows: int, mesh: Mesh) -> None:
+  num = math.prod(mesh.shape[axis] for axis in ROWS)
+  if num_rows % num:
+    raise ValueError(f"{num_rows} rows do not divide over {num} devices")
+
+
+def to_host(tree: Any) -> Any:
+  """Every array as a whole, in numpy; all processes must ask alike."""
+
+  def whole(x):
+    if isinstance(x, jax.Array) and not x.is_fully_addressable:
+      return multihost_utils.process_allgather(x, tiled=True)
+    return jax.device_get(x)
+
+  return jax.tree.map(whole, tree)
 
 
 # --- rules --------------------------------------------------------------------
@@ -254,7 +335,7 @@ def place(
     copy: also what lies there already, so that it may be donated.
   """
   shardings = shardings_of(tree, rules, mesh)
-  return jax.device_put(tree, shardings, may_alias=False if copy else None)
+  return jax.tree.map(lambda x, y: put(x, y, copy=copy), tree, shardings)
 
 
 def of(tree: Any) -> Any:

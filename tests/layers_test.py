@@ -202,6 +202,9 @@ def test_binaries_import_stages_only_to_run_or_show_them(path):
   elif path.stem == "inspect":
     # Shows the rows that these make.
     assert imported == {"pretrain", "sft", "reward", "ppo"}
+  elif path.stem == "plan":
+    # Says what its programs take.
+    assert imported == {"ppo"}
   else:
     assert not imported
 

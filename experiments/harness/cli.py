@@ -1,7 +1,8 @@
 """Flags, start and end of a binary; the work is its `run(config, workdir)`.
 
 What a user can mend (a config, a data file, a mismatched checkpoint) ends in
-one message and exit code 1; anything else keeps its traceback.
+one message and exit code 1; anything else keeps its traceback. A run that was
+told to stop has saved and ends with exit code 0.
 """
 
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from experiments.harness import config as config_lib
-from experiments.harness import loop
+from experiments.harness import hosts, lock, loop, metric_writer, stopping
 from rlhf_jax import checkpoint
 from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
 from rlhf_jax.models import lora
@@ -43,9 +44,51 @@ _EXPECTED = (
     hf_config.FamilyError,
     lora.LoraError,
     tensor_files.TensorFileError,
+    hosts.HostsError,
+    lock.WorkdirError,
     loop.NonFiniteError,
+    metric_writer.MetricsFileError,
     OSError,  # Files and folders that are not there, or not ours to use.
 )
+
+
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "Several processes are one run: start this command in each, on a TPU pod "
+    "or under Slurm as it is, elsewhere with the three flags below.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address", None, "HOST:PORT of process 0, a free port."
+)
+_NUM_PROCESSES = flags.DEFINE_integer(
+    "num_processes", None, "How many processes the run has."
+)
+_PROCESS_ID = flags.DEFINE_integer(
+    "process_id", None, "Which of them this is, from 0."
+)
+_HEARTBEAT_TIMEOUT = flags.DEFINE_integer(
+    "heartbeat_timeout_seconds",
+    100,
+    "Within so long of the end of one process all others end.",
+)
+
+
+def _hosts() -> hosts.Hosts | None:
+  """What the flags say of other processes, None for a run of one."""
+  given = {
+      "coordinator_address": _COORDINATOR.value,
+      "num_processes": _NUM_PROCESSES.value,
+      "process_id": _PROCESS_ID.value,
+  }
+  if _DISTRIBUTED.value:
+    return hosts.Hosts(
+        **given, heartbeat_timeout_seconds=_HEARTBEAT_TIMEOUT.value
+    )
+  lone = [f"--{name}" for name, value in given.items() if value is not None]
+  if lone:
+    raise UserError(f"{', '.join(lone)}: give --distributed too")
+  return None
 
 
 def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
@@ -63,6 +106,9 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
       raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
     quiet_third_parties()
     with told_errors():
+      given = _hosts()
+    with hosts.joined(given), told_errors(), told_stop():
+      stopping.listen()
       run(
           config_lib.from_config(config_class, config_file.value), workdir.value
       )
@@ -137,6 +183,15 @@ def told_errors():
   except _EXPECTED as error:
     print(f"\nerror: {error}", file=sys.stderr)
     sys.exit(1)
+
+
+@contextlib.contextmanager
+def told_stop():
+  """A run that stops because it was told to ends well."""
+  try:
+    yield
+  except stopping.Stopped as stopped:
+    logging.info("%s", stopped)
 
 
 def quiet_third_parties() -> None:

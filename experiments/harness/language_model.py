@@ -154,7 +154,10 @@ def train(
       step=step,
       batches=iter(
           pipeline.make_dataset(
-              rows, batch_size=cfg.batch_size, seed=cfg.seed
+              rows,
+              batch_size=cfg.batch_size,
+              seed=cfg.seed,
+              local_rows=sharding.local_rows(mesh, cfg.batch_size),
           )
       ),
       evaluate=lambda state: (
@@ -172,7 +175,7 @@ def train(
       task, cfg.loop, workdir=str(out.dir), config=out.config
   )
   params = adapters.merged(adapter, frozen, state.params)
-  trained = dataclasses.replace(policy, params=jax.device_get(params))
+  trained = dataclasses.replace(policy, params=sharding.to_host(params))
   adapters.save(out.dir, adapter, frozen, state.params)
   models.save_policy(out.dir, trained)
   out.finish(heldout_loss(frozen | state.params))

@@ -10,6 +10,8 @@
      tensor.
   4. Log every `log_every` steps, evaluate every `eval_every` (and at step 0),
      save every `checkpoint_every` and at the end.
+  5. Stop: when it is told to (`harness/stopping.py`), it saves where it is,
+     with the sums of what is not logged yet.
 
 A stage gives it `step(state, batch) -> (state, metrics, evidence)`, where
 `evidence` is the pytree of arrays worth saving should the step go wrong, and
@@ -28,11 +30,12 @@ import jax
 import numpy as np
 import tqdm
 
+from experiments.harness import stopping
 from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
 from experiments.harness.metric_writer import MetricWriter
-from experiments.harness.stage import FREE_FIELDS
-from rlhf_jax import checkpoint
+from experiments.harness.stage import FREE_FIELDS, is_first
+from rlhf_jax import checkpoint, sharding
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.updates.gradient import NONFINITE, NONFINITE_STEPS
 
@@ -126,6 +129,7 @@ def run_loop(
     checkpoint.ConfigMismatch: if the workdir holds a run of another config.
     ConfigError: if it holds a run of other inputs.
     NonFiniteError: after too many steps in a row that were not finite.
+    stopping.Stopped: it was told to stop, and has saved.
   """
   writer = MetricWriter(
       workdir, tensorboard=cfg.tensorboard, wandb=cfg.wandb
@@ -140,9 +144,14 @@ def run_loop(
   )
   fingerprints = {name: fingerprint(x) for name, x in task.inputs.items()}
   try:
-    start = _restore(task, fingerprints, checkpointer, writer, workdir)
-    _Loop(task, fingerprints, cfg, workdir, writer, checkpointer).run(start)
-    checkpointer.wait()
+    with stopping.between_steps():
+      start, totals = _restore(
+          task, fingerprints, checkpointer, writer, workdir
+      )
+      _Loop(
+          task, fingerprints, cfg, workdir, writer, checkpointer, totals
+      ).run(start)
+      checkpointer.wait()
   finally:
     checkpointer.close()
     writer.close()
@@ -155,11 +164,12 @@ def _restore(
     checkpointer: checkpoint.Checkpointer,
     writer: MetricWriter,
     workdir: str,
-) -> int:
+) -> tuple[int, metrics_lib.Metrics]:
+  """The step to go on from, and the sums that its checkpoint had not logged."""
   restored = checkpointer.restore_latest(task.state)
   if restored is None:
     writer.truncate_after(-1)
-    return 0
+    return 0, {}
   step, task.state, saved = restored
   names = sorted(fingerprints.keys() | saved["inputs"].keys())
   changed = [x for x in names if fingerprints.get(x) != saved["inputs"].get(x)]
@@ -171,22 +181,42 @@ def _restore(
     )
   task.batches.set_state(saved["batches"])
   writer.truncate_after(step)
+  for name, num_lines in saved["lines"].items():
+    if is_first() and writer.num_lines[name] < num_lines:
+      # Not by a kill: what is written before a checkpoint is there after it.
+      logging.warning(
+          "%s has lost lines of steps up to %d: %d of %d are left; the run "
+          "goes on, but what they said is gone",
+          pathlib.Path(workdir) / name,
+          step,
+          writer.num_lines[name],
+          num_lines,
+      )
   logging.info("%s: resumed at step %d", task.name, step)
-  return step
+  return step, {
+      name: metrics_lib.Metric(
+          total=np.float32(total), count=np.float32(count)
+      )
+      for name, (total, count) in saved["totals"].items()
+  }
 
 
 class _Loop:
   """The loop's running parts, together only so that methods can share them."""
 
-  def __init__(self, task, fingerprints, cfg, workdir, writer, checkpointer):
+  def __init__(
+      self, task, fingerprints, cfg, workdir, writer, checkpointer, totals
+  ):
     self.task, self.cfg, self.workdir = task, cfg, pathlib.Path(workdir)
     self.fingerprints = fingerprints
     self.writer, self.checkpointer = writer, checkpointer
     self.pending = None
-    self.totals: metrics_lib.Metrics = {}
+    self.totals: metrics_lib.Metrics = totals
+    self.saved = -1
     self.evaluated: tuple[int, dict[str, float]] = (-1, {})
 
   def run(self, start: int) -> None:
+    self.saved = start
     if start == 0:
       self._evaluate(0)
     steps = tqdm.tqdm(
@@ -195,11 +225,13 @@ class _Loop:
         total=self.cfg.num_steps,
         desc=self.task.name,
         file=sys.stderr,
+        disable=not is_first(),
         mininterval=1.0 if sys.stderr.isatty() else 15.0,
         dynamic_ncols=True,
     )
     clock, clock_step = time.monotonic(), start
     for step in steps:
+      self._stop_if_told(step - 1)
       batch = next(self.task.batches)
       self.task.state, metrics, evidence = self.task.step(
           self.task.state, batch
@@ -219,6 +251,8 @@ class _Loop:
         self._evaluate(step)
       if step % self.cfg.checkpoint_every == 0 or step == self.cfg.num_steps:
         self._save(step)
+    # The signal may have come since: what is left of the stage can wait.
+    self._stop_if_told(self.cfg.num_steps)
 
   def _flush(self) -> None:
     """Fetches the metrics of the step before; stops the run if they are bad."""
@@ -258,15 +292,16 @@ class _Loop:
 
   def _report_nonfinite(self, step, message, skipped, evidence) -> None:
     folder = self.workdir / "nonfinite"
-    folder.mkdir(exist_ok=True)
     path = folder / f"step_{step}.npz"
-    np.savez(
-        path,
-        **{
-            jax.tree_util.keystr(key, simple=True, separator="."): np.asarray(x)
-            for key, x in jax.tree_util.tree_leaves_with_path(evidence)
-        },
-    )
+    arrays = {
+        jax.tree_util.keystr(key, simple=True, separator="."): x
+        for key, x in jax.tree_util.tree_leaves_with_path(
+            sharding.to_host(evidence)
+        )
+    }
+    if is_first():
+      folder.mkdir(exist_ok=True)
+      np.savez(path, **arrays)
     message = f"{self.task.name}: {message} Its batch is in {path}."
     if skipped >= self.cfg.max_nonfinite_steps:
       raise NonFiniteError(
@@ -302,6 +337,23 @@ class _Loop:
     if samples:
       self.writer.samples(step, samples)
 
+  def _stop_if_told(self, step: int) -> None:
+    if not stopping.requested():
+      return
+    self._flush()
+    if step > self.saved:
+      self._save(step)
+    self.checkpointer.wait()
+    where = f"{self.task.name}: stopped by {stopping.name()}"
+    if step == 0:
+      raise stopping.Stopped(
+          f"{where} before its first step; the same command begins anew"
+      )
+    raise stopping.Stopped(
+        f"{where} at step {step} of {self.cfg.num_steps}, which is saved; the "
+        "same command goes on from there"
+    )
+
   def _save(self, step: int) -> None:
     evaluated_at, numbers = self.evaluated
     self.checkpointer.save(
@@ -310,7 +362,13 @@ class _Loop:
         {
             "batches": self.task.batches.get_state(),
             "inputs": self.fingerprints,
+            "lines": self.writer.num_lines,
+            "totals": {
+                name: [float(metric.total), float(metric.count)]
+                for name, metric in self.totals.items()
+            },
         },
         # Those of an older state are not this one's.
         metrics=(numbers or None) if evaluated_at == step else None,
     )
+    self.saved = step

@@ -22,6 +22,8 @@ import pathlib
 import secrets
 from typing import Any
 
+import jax
+
 METRICS = "metrics.jsonl"
 TIMING = "timing.jsonl"
 SAMPLES = "samples.jsonl"
@@ -29,8 +31,18 @@ SAMPLES = "samples.jsonl"
 _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
+class MetricsFileError(ValueError):
+  """A file of metrics holds something else; names file and line."""
+
+
 class MetricWriter:
-  """Appends to the files of one workdir. Made in one process only.
+  """Appends to the files of one workdir, in the first process alone.
+
+  In others it does nothing: what is written is the same in all.
+
+  Attributes:
+    num_lines: of each file, since `truncate_after`: a checkpoint may keep it,
+      to be compared when a run goes on.
 
   Args:
     workdir: made if it is not there.
@@ -46,12 +58,16 @@ class MetricWriter:
       self, workdir: str | os.PathLike, *, tensorboard: bool, wandb: bool
   ):
     self._workdir = pathlib.Path(workdir)
+    self._writes = jax.process_index() == 0
     self._workdir.mkdir(parents=True, exist_ok=True)
     self._files: dict[str, Any] = {}
-    self._use_tensorboard = tensorboard
+    self._use_tensorboard = tensorboard and self._writes
     self._tensorboard = None
     self._purge_step: int | None = None
-    self._wandb = _start_wandb(self._workdir) if wandb else None
+    self.num_lines = dict.fromkeys((METRICS, TIMING, SAMPLES), 0)
+    self._wandb = None
+    if wandb and self._writes:
+      self._wandb = _start_wandb(self._workdir)
 
   def __enter__(self) -> "MetricWriter":
     return self
@@ -88,11 +104,13 @@ class MetricWriter:
     workdir starts afresh.
 
     Raises:
-      ValueError: a line other than the last is not JSON; names file and line.
+      MetricsFileError: a line other than the last is not JSON.
     """
     self._close_files()
+    if not self._writes:
+      return
     for name in (METRICS, TIMING, SAMPLES):
-      _truncate(self._workdir / name, step)
+      self.num_lines[name] = _truncate(self._workdir / name, step)
     self._purge_step = step + 1
 
   def close(self) -> None:
@@ -106,6 +124,8 @@ class MetricWriter:
   def _append(self, name: str, step: int, values: Mapping[str, Any]) -> None:
     if "step" in values:
       raise ValueError(f"{name}: 'step' is given apart, not among the values")
+    if not self._writes:
+      return
     if name not in self._files:
       path = self._workdir / name
       self._files[name] = path.open("a", encoding="utf-8")
@@ -113,6 +133,7 @@ class MetricWriter:
     # One write call a line, so that a kill can only cut the last one.
     self._files[name].write(json.dumps(_encode(row), allow_nan=False) + "\n")
     self._files[name].flush()
+    self.num_lines[name] += 1
 
   def _mirror(self, step: int, values: Mapping[str, float]) -> None:
     writer = self._events()
@@ -146,7 +167,7 @@ def read_metrics(path: str | os.PathLike) -> list[dict[str, Any]]:
   A last line that was cut off by a kill is left out.
 
   Raises:
-    ValueError: another line is not JSON; names file and line.
+    MetricsFileError: another line is not JSON.
   """
   rows = []
   for _, row in _read_lines(pathlib.Path(path)):
@@ -165,7 +186,7 @@ def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
       row = json.loads(line)
       row["step"] = int(row["step"])
     except (ValueError, TypeError, KeyError) as e:
-      raise ValueError(
+      raise MetricsFileError(
           f"{path}:{number}: not a line of this file: {line[:80]!r}; delete"
           " the line or the file"
       ) from e
@@ -173,15 +194,17 @@ def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
   return found
 
 
-def _truncate(path: pathlib.Path, step: int) -> None:
+def _truncate(path: pathlib.Path, step: int) -> int:
+  """Returns how many lines are left."""
   if not path.exists():
-    return
+    return 0
   kept = [line for line, row in _read_lines(path) if row["step"] <= step]
   contents = b"".join(line + b"\n" for line in kept)
   if contents != path.read_bytes():
     temporary = path.with_name(path.name + ".writing")
     temporary.write_bytes(contents)
     os.replace(temporary, path)
+  return len(kept)
 
 
 def _scalars(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -31,7 +31,7 @@ from experiments.harness import config as config_lib
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
-from rlhf_jax import checkpoint
+from rlhf_jax import checkpoint, sharding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.models.families import huggingface, llama2c, peft_folder
@@ -112,13 +112,18 @@ def advice(place: str) -> str:
 
 def save_policy(folder: pathlib.Path, policy: Policy) -> None:
   """Writes a policy that `load_policy(folder)` reads."""
-  policy.tokenizer.save(folder / "tokenizer")
+  _save_tokenizer(folder, policy.tokenizer)
   checkpoint.save_model(
       folder / "model",
       config_lib.to_dict(policy.config),
       policy.params,
       {"kind": "policy"},
   )
+
+
+def _save_tokenizer(folder: pathlib.Path, tokenizer: Tokenizer) -> None:
+  if jax.process_index() == 0:
+    tokenizer.save(folder / "tokenizer")
 
 
 # (parameter's path, shape) -> where it goes; None is the default device.
@@ -150,13 +155,18 @@ def placed(model: Any, place_param: PlaceParam | None) -> Any:
   """The policy or reward model with its params where they are to go."""
   if place_param is None:
     return model
+  params = placed_params(model.params, place_param)
+  return dataclasses.replace(model, params=params)
+
+
+def placed_params(params: Any, place_param: PlaceParam) -> Any:
+  """Each array where it is to go."""
 
   def put(key_path, x):
     path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-    return jax.device_put(x, place_param(path, x.shape))
+    return sharding.put(x, place_param(path, x.shape))
 
-  params = jax.tree_util.tree_map_with_path(put, model.params)
-  return dataclasses.replace(model, params=params)
+  return jax.tree_util.tree_map_with_path(put, params)
 
 
 def _load_policy(
@@ -308,7 +318,7 @@ def _adapter_config(stage_config: dict[str, Any]) -> lora.LoraConfig | None:
 
 def save_reward_model(folder: pathlib.Path, model: RewardModel) -> None:
   """Writes a reward model that `load_reward_model(folder)` reads."""
-  model.tokenizer.save(folder / "tokenizer")
+  _save_tokenizer(folder, model.tokenizer)
   checkpoint.save_model(
       folder / "model",
       config_lib.to_dict(model.config),

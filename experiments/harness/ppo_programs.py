@@ -24,8 +24,10 @@ from rlhf_jax.updates import ppo
 class Programs:
   """Jitted, so that each can be called, or lowered for shapes.
 
-  rollout: (state, prompt batch, sampling, frozen) -> Rollout
-  score: (params, ref_params, rollout, score, kl_coef, cfg) -> (scored, metrics)
+  rollout: (state, prompt batch, sampling, frozen, ahead) -> Rollout, of the
+    iteration that comes `ahead` after the state's.
+  score: (params, ref_params, rollout, score, kl_coef, cfg, ref_hidden=None) ->
+    (scored, metrics)
   update: (state, scored, ptx, cfg, frozen) -> (state, metrics); the state is
     donated.
   """
@@ -62,19 +64,21 @@ def make_programs(
   ref_model = functions.make_language_model(ref_config)
   generate = decode.make_generate(heads.LanguageModel(policy_config))
 
-  def rollout(state, batch, sampling, frozen):
-    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
+  def rollout(state, batch, sampling, frozen, ahead=0):
+    rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)
     params = frozen | state.train.params["policy"]
     return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
 
   rows = sharding.rows(mesh)
+  places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
-      rollout=jax.jit(rollout, out_shardings=rows),
+      rollout=jax.jit(rollout, out_shardings=rows, static_argnames="ahead"),
       score=compile_step(
           ppo.make_score_rollout(model, ref_model),
           parallelism,
           mesh,
-          rows=(2, 3),
+          # The rollout, its score, and what the reference made of it.
+          rows=(2, 3, 6),
           gives_rows=True,
           out_shardings=(rows, None),
       ),
@@ -85,7 +89,8 @@ def make_programs(
           rows=(1, 2),
           donate=(0,),
           out_shardings=(
-              sharding.shardings_of(state, state_rules(rules), mesh),
+              # Of a rollout, if there is one.
+              dataclasses.replace(places, pending=rows),
               None,
           ),
       ),

@@ -5,6 +5,9 @@
                      fields that may change on the way, the latest
     versions.json    packages, commit, device and command
     finished.json    the stage's summary; its presence says that it is done
+    lock             held by the run that writes here, see `harness/lock.py`
+
+Of a run's processes the first alone writes, and all may read what is finished.
 """
 
 import json
@@ -18,9 +21,10 @@ from typing import Any
 
 from absl import logging
 import jax
+from jax.experimental import multihost_utils
 
 from experiments.harness import config as config_lib
-from experiments.harness import models
+from experiments.harness import lock, models, stopping
 from rlhf_jax import checkpoint
 
 # What a run may be taken up with another value of: these decide what is kept
@@ -56,6 +60,7 @@ class Stage:
   Raises:
     checkpoint.ConfigMismatch: if the folder holds a run of another config, in
       more than `FREE_FIELDS`.
+    lock.WorkdirError: if another process is at work there, or nobody can be.
   """
 
   def __init__(self, workdir: str, config: Any, *, is_run: bool = False):
@@ -66,14 +71,19 @@ class Stage:
         if is_run
         else _portable(config, self.dir)
     )
-    self.dir.mkdir(parents=True, exist_ok=True)
+    stopping.check()
     self.finished = (self.dir / "finished.json").exists()
+    barrier(f"stage {self.dir}")  # Nobody writes before all have looked.
+    if not self.finished and is_first():
+      # Held while the stage lives.
+      self._lock = lock.hold(self.dir)
     path = self.dir / "config.json"
     if path.exists():
       self._compare(path)
     else:
       write_json(path, self.config)
       write_json(self.dir / "versions.json", versions())
+    barrier(f"begun {self.dir}")
     if self.finished:
       logging.info("%s is finished already", self.dir)
 
@@ -104,10 +114,11 @@ class Stage:
   def finish(self, summary: dict[str, Any]) -> None:
     """Marks the stage as done; says how long it took, if no loop has."""
     timing = self.dir / "timing.jsonl"
-    if not timing.exists():
+    if is_first() and not timing.exists():
       seconds = round(time.monotonic() - self._start, 3)
       write_jsonl(timing, [{"step": 0, "seconds": seconds}])
     write_json(self.dir / "finished.json", summary)
+    barrier(f"finished {self.dir}")
 
 
 def read_config(folder: str | pathlib.Path) -> dict[str, Any]:
@@ -147,15 +158,30 @@ def _replaced(value: Any, old: str, new: str) -> Any:
   return value
 
 
+def is_first() -> bool:
+  """Whether this process writes what only one of a run's may write."""
+  return jax.process_index() == 0
+
+
+def barrier(name: str) -> None:
+  """Waits for the run's other processes to come to the same place."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(name)
+
+
 def write_json(path: pathlib.Path, value: Any) -> None:
-  """Writes whole or not at all."""
+  """Writes whole or not at all; the first process alone."""
+  if not is_first():
+    return
   temporary = path.with_name(path.name + ".writing")
   temporary.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
   os.replace(temporary, path)
 
 
 def write_jsonl(path: pathlib.Path, rows: list[dict[str, Any]]) -> None:
-  """One JSON object a line; writes whole or not at all."""
+  """One JSON object a line; writes as `write_json` does."""
+  if not is_first():
+    return
   temporary = path.with_name(path.name + ".writing")
   with temporary.open("w", encoding="utf-8") as f:
     for row in rows:

@@ -19,7 +19,12 @@ class DatasetError(ValueError):
 
 
 def make_dataset(
-    arrays: T, *, batch_size: int, seed: int, num_epochs: int | None = None
+    arrays: T,
+    *,
+    batch_size: int,
+    seed: int,
+    num_epochs: int | None = None,
+    local_rows: np.ndarray | None = None,
 ) -> grain.IterDataset:
   """A dataset of batches of a dataclass of arrays.
 
@@ -34,6 +39,9 @@ def make_dataset(
     batch_size: rows a batch, over all devices.
     seed: decides the order of every epoch.
     num_epochs: passes over the rows, or None to go on for ever.
+    local_rows: only these rows of each batch are made, those of this process
+      (`sharding.local_rows`); None for all. Order and state are of the whole
+      batch, so a run may go on with another number of processes.
 
   Raises:
     DatasetError: there are fewer rows than batch_size.
@@ -49,7 +57,8 @@ def make_dataset(
     raise ValueError(f"num_epochs={num_epochs} must be at least 1, or None.")
 
   def gather(rows: np.ndarray) -> T:
-    return jax.tree.map(lambda leaf: leaf[rows], arrays)
+    mine = rows if local_rows is None else rows[local_rows]
+    return jax.tree.map(lambda leaf: leaf[mine], arrays)
 
   # Row numbers are shuffled and batched, and each batch gathered once.
   dataset = (

@@ -4,7 +4,8 @@
 
 A reward function gets tokens and text alike, so that a rule reads the text, a
 reward model with the policy's tokenizer reads the tokens, and one with another
-tokenizer reads the text again.
+tokenizer reads the text again. With several processes each scores its share of
+the text, and all get all scores.
 """
 
 from collections.abc import Callable
@@ -12,8 +13,10 @@ import functools
 from typing import Any
 
 import jax
+from jax.experimental import multihost_utils
 import numpy as np
 
+from rlhf_jax import sharding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 
@@ -35,8 +38,8 @@ class Episodes:
 
   @functools.cached_property
   def host_rollout(self) -> Rollout:
-    """The rollout as numpy arrays."""
-    return jax.device_get(self.rollout)
+    """The rollout as numpy arrays, all rows."""
+    return sharding.to_host(self.rollout)
 
   @functools.cached_property
   def prompts(self) -> list[str]:
@@ -52,6 +55,26 @@ class Episodes:
         rollout.completions, rollout.completion_mask, continues=True,
         drop_unknown=True,
     )
+
+  def share(self) -> "Episodes":
+    """Those that this process is to read; see `gather`."""
+    rollout = self.host_rollout
+    rows = _share(rollout.ended.shape[0])
+    return Episodes(jax.tree.map(lambda x: x[rows], rollout), self.tokenizer)
+
+
+def _share(num: int) -> np.ndarray:
+  """As many rows for every process; the last may have some of the first."""
+  size = -(-num // jax.process_count())
+  first = size * jax.process_index()
+  return np.arange(first, first + size) % num
+
+
+def gather(share: np.ndarray, num: int) -> np.ndarray:
+  """[num] values, of which each process has those of its `share`."""
+  if jax.process_count() == 1:
+    return share
+  return multihost_utils.process_allgather(share, tiled=True)[:num]
 
 
 RewardFn = Callable[[Episodes], np.ndarray]
@@ -72,8 +95,8 @@ def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
     )
 
   def reward(episodes: Episodes) -> np.ndarray:
-    scores = []
-    for prompt, completion in zip(episodes.prompts, episodes.completions):
+    scores, mine = [], episodes.share()
+    for prompt, completion in zip(mine.prompts, mine.completions):
       score = rule(prompt, completion)
       if not _is_number(score):
         raise RuleError(
@@ -82,7 +105,8 @@ def make_rule_reward(rule: Callable[[str, str], float]) -> RewardFn:
             "give a finite number"
         )
       scores.append(score)
-    return np.asarray(scores, np.float32)
+    num = episodes.host_rollout.ended.shape[0]
+    return gather(np.asarray(scores, np.float32), num)
 
   return reward
 

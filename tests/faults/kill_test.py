@@ -1,0 +1,43 @@
+"""SIGKILL at random moments: the run that goes on ends bitwise the same."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.faults import programs
+
+NUM_KILLS = 20
+
+
+@pytest.mark.parametrize("binary", programs.BINARIES)
+def test_a_run_killed_at_random_moments_ends_bitwise_the_same(
+    binary, whole, start, tmp_path
+):
+  config, wanted, seconds = whole(binary)
+  rng, workdir = random.Random(binary), tmp_path / "run"
+  moments, num_ended = [], 0
+  while len(moments) < NUM_KILLS:
+    moment = rng.uniform(0, seconds)
+    program = start(binary, config, workdir)
+    end = time.monotonic() + moment
+    while time.monotonic() < end and program.is_running():
+      time.sleep(0.002)
+    program.signal(signal.SIGKILL)
+    if program.wait() == -signal.SIGKILL:
+      moments.append((round(moment, 3), programs.last_step(workdir)))
+      continue
+    # It was over before, having gone on from where it was killed.
+    assert program.returncode == 0, (moments, program.log)
+    programs.assert_same_run(workdir, wanted)
+    num_ended += 1
+    shutil.rmtree(workdir)
+  program = start(binary, config, workdir)
+  assert program.wait() == 0, (moments, program.log)
+  programs.assert_same_run(workdir, wanted)
+  # Moments were of all parts of a run, not of its beginning alone.
+  steps = {step for _, step in moments}
+  print(binary, num_ended + 1, "ended;", moments)
+  assert len(steps) > 2, moments

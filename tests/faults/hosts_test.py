@@ -64,7 +64,7 @@ class Run:
   def log(self, i) -> str:
     return self.logs[i].read_text()
 
-  def wait(self, seconds=240) -> list[int]:
+  def wait(self, seconds=600) -> list[int]:
     """The exit codes."""
     end = time.monotonic() + seconds
     try:
@@ -79,7 +79,7 @@ class Run:
 
   def wait_for_step(self, step) -> None:
     path = self.workdir / "metrics.jsonl"
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while time.monotonic() < end:
       lines = path.read_text().split("\n")[:-1] if path.exists() else []
       if lines and json.loads(lines[-1])["step"] >= step:

@@ -25,7 +25,7 @@ def settings(finished_run, tmp_path_factory):
     config = tiny.stage(binary, finished_run)
     stage = config.train if binary == "sft" else config
     stage.mesh.fsdp, stage.mesh.data = 2, 2
-    stage.loop.update(tiny.loop(**loop))
+    stage.loop.update(tiny.loop(**loop) | dict(best_metric=""))
     return tiny.write_config(tmp_path_factory.mktemp(binary) / "c.py", config)
 
   return make
@@ -227,6 +227,7 @@ def test_a_run_of_several_is_refused_where_another_is(settings, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.communicate()
   assert codes == [1, 1], run.log(0) + run.log(1)
+  assert run.log(0).count("error: ") == 1
   for i in range(2):
     assert f"is in use by process {holder.pid}" in run.log(i)
 

@@ -128,6 +128,11 @@ def sharding(*models: str) -> ConfigDict:
   return ConfigDict({model: () for model in models})
 
 
+def on_the_policys_devices() -> ConfigDict:
+  """No devices of its own, for a model that PPO does not train."""
+  return ConfigDict(dict(devices=0, fsdp=1, tensor=1))
+
+
 def compute(**changes) -> ConfigDict:
   """Models as they were saved, every layer's activations kept."""
   cfg = ConfigDict(
@@ -170,6 +175,7 @@ def language_model_training(
           seq_len=128,
           mesh=mesh(),
           sharding=sharding("policy"),
+          parallelism="jit",
           optimizer=optimizer(
               learning_rate,
               schedule="cosine",

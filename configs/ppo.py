@@ -50,6 +50,12 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           sharding=common.sharding(
               "policy", "value", "ref_policy", "reward_model"
           ),
+          placement=dict(
+              ref_policy=common.on_the_policys_devices(),
+              reward_model=common.on_the_policys_devices(),
+          ),
+          overlap=0,
+          parallelism="jit",
           ptx_documents=common.source(""),
           ptx_batch_size=0,
           ptx_seq_len=0,
@@ -75,6 +81,8 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               entropy_coef=0.0,
               ptx_coef=0.0,
               max_update_kl=float("inf"),
+              importance_correction=False,
+              importance_cap=2.0,
               num_epochs=2,
               num_minibatches=2,
               num_microbatches=1,

@@ -50,6 +50,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           batch_size=16 if smoke else 32,
           mesh=common.mesh(),
           sharding=common.sharding("reward_model"),
+          parallelism="jit",
           optimizer=common.optimizer(
               5e-4,
               schedule="cosine",

@@ -26,6 +26,7 @@ from experiments.harness import (
     stage,
 )
 from experiments.harness.config import ConfigError
+from experiments.harness.reference import Reference
 from rlhf_jax.data import chat
 from rlhf_jax.evaluation import intervals, text, win_rate
 from rlhf_jax.types import PromptBatch
@@ -119,6 +120,9 @@ def complete(
   prompts = _encode(config, policies, reader.prompts(config.prompts, "heldout"))
   judge = evaluator.make_judge(config.judge)
   reward_fn = reward_model and evaluator.make_reward_fn(reward_model)
+  reference = None
+  if config.ref_policy:
+    reference = Reference(policies[config.ref_policy])
   rows = {}
   for name, policy in policies.items():
     sampler = evaluator.Evaluator(
@@ -126,7 +130,7 @@ def complete(
         policy.tokenizer,
         prompts[name],
         config.samples.sampling(policy.tokenizer),
-        ref_policy=policies.get(config.ref_policy),
+        reference=reference,
         reward_fn=reward_fn,
         judge=judge,
         seed=config.seed,

@@ -18,7 +18,6 @@ from typing import Any, Literal
 
 from absl import logging
 import jax
-import jax.numpy as jnp
 
 from experiments.harness import (
     adapters,
@@ -35,6 +34,8 @@ from experiments.harness import (
 )
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.parallelism import Parallelism, check_parallelism
+from experiments.harness.reference import Reference
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -64,6 +65,10 @@ class Config:
     value_init='reward_model' needs a reward model with an adapter on them.
   rollout_batch_size: episodes an iteration, over all devices.
   mesh, sharding: over which devices and how, see `harness/devices.py`.
+  placement: reference policy and reward model may have devices of their own.
+  overlap: 1 samples the next rollout while this one is scored, by a policy that
+    is one update older (with ppo.importance_correction); 0 takes turns.
+  parallelism: jit or pmap, see `harness/parallelism.py`.
   samples: also fixes prompt and completion lengths; its temperature is that of
     evaluation, ppo.temperature that of training.
   ptx_documents: pretraining text for ppo.ptx_coef (source '' if that is 0).
@@ -82,6 +87,9 @@ class Config:
   rollout_batch_size: int
   mesh: MeshConfig
   sharding: devices.PPOSharding
+  placement: devices.PlacementConfig
+  overlap: Literal[0, 1]
+  parallelism: Parallelism
   ptx_documents: sources.SourceConfig
   ptx_batch_size: int
   ptx_seq_len: int
@@ -102,18 +110,23 @@ class Config:
     checks.check_optimizer(self.optimizer, self.num_updates)
     checks.check_loop(self.loop)
     parts = self.ppo.num_minibatches * self.ppo.num_microbatches
+    taken = self.placement.num_devices
     devices.check_divides(
-        self.rollout_batch_size, parts, self.mesh, "rollout_batch_size"
+        self.rollout_batch_size, parts, self.mesh, "rollout_batch_size", taken
     )
+    _check_placement(self)
     devices.check_length(
         self.samples.max_prompt_length + self.samples.max_completion_length,
         self.mesh,
         "samples.max_prompt_length + samples.max_completion_length",
     )
+    check_parallelism(
+        self.parallelism, self.mesh.sizes(jax.device_count())
+    )
     if self.ppo.ptx_coef:
       checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})
       devices.check_divides(
-          self.ptx_batch_size, parts, self.mesh, "ptx_batch_size"
+          self.ptx_batch_size, parts, self.mesh, "ptx_batch_size", taken
       )
       devices.check_length(self.ptx_seq_len, self.mesh, "ptx_seq_len")
     if bool(self.ppo.ptx_coef) != bool(self.ptx_documents.source):
@@ -148,6 +161,34 @@ class Config:
     )
 
 
+def _check_placement(config: Config) -> None:
+  if bool(config.overlap) != config.ppo.importance_correction:
+    raise ValueError(
+        f"overlap={config.overlap} and ppo.importance_correction="
+        f"{config.ppo.importance_correction}: rollouts of an older policy need "
+        "the correction, and others have nothing to correct"
+    )
+  place = config.placement.reward_model
+  if place.devices and not config.reward_model:
+    raise ValueError("placement.reward_model: there is no reward_model")
+  for name, own in (
+      ("ref_policy", config.placement.ref_policy), ("reward_model", place)
+  ):
+    if own.devices:
+      devices.check_divides(
+          config.rollout_batch_size,
+          1,
+          own.mesh,
+          f"placement.{name}: rollout_batch_size",
+          devices.num_devices() - own.devices,
+      )
+  if config.placement.ref_policy.devices and config.lora.rank:
+    raise ValueError(
+        "placement.ref_policy: with lora the reference policy is the policy's "
+        "own base; it cannot have other devices"
+    )
+
+
 def _check_ppo(cfg: ppo.PPOConfig) -> None:
   # Not in PPOConfig itself, whose numbers may be traced.
   ranges = {
@@ -164,6 +205,7 @@ def _check_ppo(cfg: ppo.PPOConfig) -> None:
       "ptx_coef": ">= 0",
       "kl_coef": ">= 0",
       "max_update_kl": "> 0 or inf",
+      "importance_cap": "> 0",
       "missing_eos_score": "finite",
   }
   if cfg.kl_controller == "adaptive":
@@ -200,8 +242,9 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  mesh = sharding.make_mesh(config.mesh)
-  on = lambda model: config.sharding.placing(model, mesh)
+  meshes = devices.make_meshes(config.mesh, config.placement)
+  mesh = meshes["policy"]
+  on = lambda model: config.sharding.placing(model, meshes[model])
   policy = models.load_policy(config.init_from, config.compute, on("policy"))
   ref_policy = (
       models.load_policy(config.ref_policy, config.compute, on("ref_policy"))
@@ -216,6 +259,7 @@ def run(config: Config, workdir: str) -> None:
         config.reward_model, config.compute, on("reward_model")
     )
     reward_fn = evaluator.make_reward_fn(reward_model)
+  reference = Reference(ref_policy, meshes, on("policy"))
   _check_fits(config, policy, ref_policy, reward_model)
   rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
   value_config, params, frozen = value_network.init_params(
@@ -252,7 +296,7 @@ def run(config: Config, workdir: str) -> None:
       policy.tokenizer,
       heldout_prompts,
       config.samples.sampling(policy.tokenizer),
-      ref_policy=ref_policy,
+      reference=reference,
       reward_fn=reward_fn,
       judge=evaluator.make_judge(config.judge),
       seed=config.seed,
@@ -279,13 +323,15 @@ def run(config: Config, workdir: str) -> None:
       state,
       mesh,
       config.sharding,
+      config.parallelism,
+  )
+  step = Step(
+      config, programs, policy, reference, reward_fn, meshes, frozen
   )
   task = loop.Task(
       name="ppo",
-      state=state,
-      step=make_step(
-          config, programs, policy, ref_policy.params, reward_fn, mesh, frozen
-      ),
+      state=step.started(state, batches),
+      step=step,
       batches=batches,
       evaluate=evaluate,
       skipped_steps=lambda state: state.train.skipped_steps,
@@ -312,41 +358,73 @@ def run(config: Config, workdir: str) -> None:
   out.finish(evaluate(state)[0])
 
 
-def make_step(
-    config: Config,
-    programs: ppo_programs.Programs,
-    policy: models.Policy,
-    ref_params: Any,
-    reward_fn: RewardFn,
-    mesh: jax.sharding.Mesh,
-    frozen: dict[str, Any],
-):
+class Step:
   """One iteration, (state, (prompts, ptx)) -> (state, metrics, evidence).
 
   Three programs, and between the first two whatever scores: it may be a model
-  on the device or a function of the text on the host.
+  on the device or a function of the text on the host. With `overlap` the state
+  holds the rollout that is scored now, and the next is sampled meanwhile.
   """
-  sampling = rollout_sampling(config, policy.tokenizer)
 
-  def step(state, batch):
-    prompt_batch, ptx = sharding.shard_rows(batch, mesh)
-    rollout = programs.rollout(state, prompt_batch, sampling, frozen)
-    score = jnp.asarray(reward_fn(Episodes(rollout, policy.tokenizer)))
-    scored, metrics = programs.score(
-        frozen | state.train.params,
-        ref_params,
+  def __init__(
+      self,
+      config: Config,
+      programs: ppo_programs.Programs,
+      policy: models.Policy,
+      reference: Reference,
+      reward_fn: RewardFn,
+      meshes: dict[str, jax.sharding.Mesh],
+      frozen: dict[str, Any],
+  ):
+    self._config, self._programs = config, programs
+    self._reference, self._reward_fn = reference, reward_fn
+    self._meshes, self._frozen = meshes, frozen
+    self._tokenizer = policy.tokenizer
+    self._sampling = rollout_sampling(config, policy.tokenizer)
+
+  def started(self, state: ppo.PPOState, batches: Batches) -> ppo.PPOState:
+    """The state before the first iteration, with what that is to train on."""
+    if not self._config.overlap:
+      return state
+    prompts, _ = sharding.shard_rows(next(batches), self._meshes["policy"])
+    return dataclasses.replace(state, pending=self._rollout(state, prompts, 0))
+
+  def __call__(self, state, batch):
+    config = self._config
+    prompts, ptx = sharding.shard_rows(batch, self._meshes["policy"])
+    ahead = config.overlap
+    rollout = sampled = self._rollout(state, prompts, ahead)
+    if ahead:
+      # The device is busy with it while the older one is scored.
+      rollout = state.pending
+      state = dataclasses.replace(state, pending=sampled)
+    score = self._score(rollout)
+    scored, metrics = self._programs.score(
+        self._frozen | state.train.params,
+        self._reference.params,
         rollout,
         score,
         state.kl_coef,
         config.ppo,
+        self._reference.hidden(rollout),
     )
-    state, update_metrics = programs.update(
-        state, scored, ptx, config.ppo, frozen
+    state, update_metrics = self._programs.update(
+        state, scored, ptx, config.ppo, self._frozen
     )
     evidence = {"scored": scored} | ({} if ptx is None else {"ptx": ptx})
     return state, metrics | update_metrics, evidence
 
-  return step
+  def _rollout(self, state, prompts, ahead):
+    return self._programs.rollout(
+        state, prompts, self._sampling, self._frozen, ahead=ahead
+    )
+
+  def _score(self, rollout):
+    mesh, own = self._meshes["policy"], self._meshes["reward_model"]
+    if own != mesh:
+      rollout = sharding.put_rows(rollout, own)
+    score = self._reward_fn(Episodes(rollout, self._tokenizer))
+    return sharding.put_rows(score, mesh)
 
 
 def rollout_sampling(

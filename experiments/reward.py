@@ -33,6 +33,11 @@ from experiments.harness import (
 )
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
+from experiments.harness.parallelism import (
+  Parallelism,
+  check_parallelism,
+  compile_step,
+)
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import encoding, pipeline
 from rlhf_jax.data.records import Ranking
@@ -56,6 +61,8 @@ class Config:
 
   heldout: comparisons that training never sees; the same source as
     comparisons, if each uses its share of it.
+  mesh, sharding: over which devices and how, see `harness/devices.py`.
+  parallelism: jit or pmap, see `harness/parallelism.py`.
   compute: how, see `harness/compute.py`.
   lora: an adapter to train instead of the trunk, of rank 0 for none; the head
     is trained either way.
@@ -75,6 +82,7 @@ class Config:
   batch_size: int
   mesh: MeshConfig
   sharding: devices.RewardModelSharding
+  parallelism: Parallelism
   optimizer: optim.OptimizerConfig
   compute: ComputeConfig
   lora: LoraConfig
@@ -91,6 +99,9 @@ class Config:
         self.max_prompt_length + self.max_completion_length,
         self.mesh,
         "max_prompt_length + max_completion_length",
+    )
+    check_parallelism(
+        self.parallelism, self.mesh.sizes(jax.device_count())
     )
     checks.check_ranges(
         self,
@@ -143,9 +154,12 @@ def run(config: Config, workdir: str) -> None:
   state = sharding.place(
       create_train_state(params, tx, rng_state), rules, mesh
   )
-  update = jax.jit(
+  update = compile_step(
       reward_update.make_reward_update(score_fn, tx),
-      donate_argnums=0,
+      config.parallelism,
+      mesh,
+      rows=(1,),
+      donate=(0,),
       out_shardings=(sharding.of(state), None),
   )
 

@@ -206,6 +206,9 @@ def run(
   from rlhf_jax.evaluation import report  # pylint: disable=g-import-not-at-top
 
   path = report.write_report(out.dir)
+  if not out.finished:
+    # Whoever started the run from afar looks here, and for nothing else.
+    out.finish({"stages": [x for x in names if getattr(config, x) is not None]})
   print(report.summary_text(out.dir))
   print(f"\nreport: {path}")
 

@@ -169,6 +169,11 @@ def rows(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def put_rows(tree: Any, mesh: Mesh) -> Any:
+  """Rows that every process knows, split over this mesh."""
+  return jax.tree.map(lambda x: put(x, rows(mesh)), tree)
+
+
 def local_rows(mesh: Mesh, num_rows: int) -> np.ndarray:
   """Which rows of a batch lie on this process's devices, in order.
 

@@ -284,6 +284,21 @@ DOES_NOT_DIVIDE = [
     ("sft", lambda c: c.train.sft.update(num_microbatches=5), "16"),
     ("reward", lambda c: c.reward.update(num_microbatches=3), "16"),
     ("reward", lambda c: c.mesh.update(data=5), "5 devices"),
+    (
+        "reward",
+        lambda c: c.update(parallelism="pmap", mesh=dict(fsdp=2)),
+        "mesh.fsdp=2, but pmap",
+    ),
+    (
+        "sft",
+        lambda c: c.train.update(parallelism="pmap", mesh=dict(tensor=2)),
+        "mesh.tensor=2, but pmap",
+    ),
+    (
+        "ppo",
+        lambda c: c.update(parallelism="pmap", mesh=dict(replica=2)),
+        "mesh.replica=2, but pmap",
+    ),
     ("ppo", lambda c: c.ppo.update(num_minibatches=3), "32"),
     (
         "ppo",

@@ -16,7 +16,7 @@ CONFIGS = sorted((REPO / "configs").rglob("*.py"))
 # Layer of every part of the library: it may import those below, and siblings.
 LAYERS = {
     "types": 0,
-    "devices": 0,
+    "collectives": 0,
     "losses": 1,
     "models": 2,
     "generation": 2,
@@ -36,7 +36,7 @@ LAYERS = {
 }
 LEAVES = ("sharding", "optim", "train_state", "metrics", "array_folder",
           "checkpoint")
-PURE = ("losses", "types", "devices")
+PURE = ("losses", "types", "collectives")
 # Text, and nothing that trains.
 READERS = ("data", "worlds", "evaluation", "rewards", "feedback")
 
@@ -202,6 +202,9 @@ def test_binaries_import_stages_only_to_run_or_show_them(path):
   elif path.stem == "inspect":
     # Shows the rows that these make.
     assert imported == {"pretrain", "sft", "reward", "ppo"}
+  elif path.stem == "plan":
+    # Says what its programs take.
+    assert imported == {"ppo"}
   else:
     assert not imported
 

@@ -32,7 +32,8 @@ def planned_for(num_devices: int) -> Iterator[None]:
     _planned.reset(token)
 
 
-def _device_count() -> int:
+def num_devices() -> int:
+  """How many there are, or will be."""
   planned = _planned.get()
   return jax.device_count() if planned is None else planned
 
@@ -78,13 +79,82 @@ class PPOSharding(_Sharding):
   reward_model: Rules
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OwnDevices:
+  """Where a model that is not trained lies and runs.
+
+  devices: so many of its own, the last that there are, or 0 for those of the
+    policy.
+  fsdp, tensor: how its own are divided; rows are split over what is left.
+  """
+
+  devices: int
+  fsdp: int
+  tensor: int
+
+  def __post_init__(self):
+    if self.devices < 0 or self.fsdp < 1 or self.tensor < 1:
+      raise ValueError(f"{self}: devices is 0 or more, fsdp and tensor 1 or "
+                       "more")
+    if not self.devices and self.fsdp * self.tensor > 1:
+      raise ValueError(
+          f"{self}: fsdp and tensor divide devices of its own, and it has none"
+      )
+    if self.devices:
+      self.mesh.sizes(self.devices)
+
+  @property
+  def mesh(self) -> MeshConfig:
+    """The shape of its own devices."""
+    return MeshConfig(data=-1, fsdp=self.fsdp, tensor=self.tensor)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class PlacementConfig:
+  """Which models have devices of their own; see `OwnDevices`."""
+
+  ref_policy: OwnDevices
+  reward_model: OwnDevices
+
+  @property
+  def num_devices(self) -> int:
+    """How many the policy cannot have."""
+    return self.ref_policy.devices + self.reward_model.devices
+
+
+def make_meshes(
+    mesh: MeshConfig, placement: PlacementConfig
+) -> dict[str, jax.sharding.Mesh]:
+  """The meshes of 'policy', 'ref_policy' and 'reward_model'.
+
+  Raises:
+    ValueError: there are not so many devices.
+  """
+  rest = jax.devices()
+  own = {
+      "ref_policy": placement.ref_policy,
+      "reward_model": placement.reward_model,
+  }
+  meshes = {}
+  for name, config in own.items():
+    if config.devices:
+      rest, mine = rest[: -config.devices], rest[-config.devices :]
+      meshes[name] = sharding.make_mesh(config.mesh, mine)
+  meshes["policy"] = sharding.make_mesh(mesh, rest)
+  return {name: meshes["policy"] for name in own} | meshes
+
+
 def check_divides(
     batch_size: int,
     num_parts: int,
     mesh: MeshConfig,
     name: str = "batch_size",
+    num_taken: int = 0,
 ) -> None:
   """Checks that a batch splits into parts and each part over the devices.
+
+  Args:
+    num_taken: devices that others have.
 
   Raises:
     ValueError: with the numbers, the batch's under its field's name.
@@ -94,12 +164,12 @@ def check_divides(
         f"{name}={batch_size} and its number of parts ({num_parts}) must be "
         "positive"
     )
-  num_devices = mesh.num_row_shards(_device_count())
-  if batch_size % (num_parts * num_devices):
+  num_shards = mesh.num_row_shards(num_devices() - num_taken)
+  if batch_size % (num_parts * num_shards):
     raise ValueError(
         f"{name}={batch_size} does not divide into {num_parts} parts "
-        f"(minibatches x microbatches) on {num_devices} devices: it must be a "
-        f"multiple of {num_parts * num_devices}"
+        f"(minibatches x microbatches) on {num_shards} devices: it must be a "
+        f"multiple of {num_parts * num_shards}"
     )
 
 
@@ -109,6 +179,6 @@ def check_length(length: int, mesh: MeshConfig, name: str) -> None:
   Raises:
     ValueError: with the numbers.
   """
-  num = mesh.sizes(_device_count())["sequence"]
+  num = mesh.sizes(num_devices())["sequence"]
   if length % num:
     raise ValueError(f"{name}={length} does not divide over {mesh}")

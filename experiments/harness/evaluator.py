@@ -15,6 +15,7 @@ import numpy as np
 
 from experiments.harness import checks, models, sources
 from experiments.harness.config import ConfigError
+from experiments.harness.reference import Reference
 from rlhf_jax import sharding
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
@@ -219,7 +220,7 @@ class Evaluator:
   """Samples policies of one shape and tokenizer on fixed prompts.
 
   Args:
-    ref_policy: what KL is measured from, or None; same tokenizer.
+    reference: what KL is measured from, or None; same tokenizer.
     reward_fn: the proxy score, or None.
     judge: the truth, or None.
     seed: of the sampling; the same at every call, so that two policies differ
@@ -233,7 +234,7 @@ class Evaluator:
       prompts: PromptBatch,
       sampling: SamplingConfig,
       *,
-      ref_policy: models.Policy | None = None,
+      reference: Reference | None = None,
       reward_fn: RewardFn | None = None,
       judge: Judge | None = None,
       seed: int,
@@ -244,21 +245,18 @@ class Evaluator:
         prompts,
         sampling,
     )
-    self._reward_fn, self._judge, self._ref_policy = (
-        reward_fn,
-        judge,
-        ref_policy,
-    )
+    self._reward_fn, self._judge = reward_fn, judge
+    self._reference = reference
     self._rng = jax.random.key(seed)
     self._batch_size = min(batch_size, prompts.prompts.shape[0])
     self._generate = jax.jit(
         decode.make_generate(heads.LanguageModel(policy_config))
     )
-    if ref_policy is not None:
+    if reference is not None:
       self._kl = jax.jit(
           policy_kl.make_episode_kl(
               functions.make_language_model(policy_config),
-              functions.make_language_model(ref_policy.config),
+              functions.make_language_model(reference.config),
           )
       )
 
@@ -306,12 +304,13 @@ class Evaluator:
           rows, sharding.to_host(self._reward_fn(episodes))
       ):
         row["score"] = float(score)
-    if self._ref_policy is not None:
+    if self._reference is not None:
       kl = self._kl(
           params,
-          self._ref_policy.params,
+          self._reference.params,
           rollout,
           jnp.float32(self._sampling.temperature),
+          self._reference.hidden(rollout),
       )
       for row, value in zip(rows, sharding.to_host(kl)):
         row["kl"] = float(value)

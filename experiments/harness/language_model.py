@@ -23,6 +23,11 @@ from experiments.harness import (
   stage,
 )
 from experiments.harness.config import ConfigError
+from experiments.harness.parallelism import (
+  Parallelism,
+  check_parallelism,
+  compile_step,
+)
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing, pipeline
@@ -44,6 +49,7 @@ class LanguageModelConfig:
 
   batch_size: packed rows a step, over all devices; seq_len: tokens a row.
   mesh, sharding: over which devices and how, see `harness/devices.py`.
+  parallelism: jit or pmap, see `harness/parallelism.py`.
   samples: completions of fixed prompts at every evaluation, so that people can
     see what the model has become; sample_prompts says of which.
   """
@@ -53,6 +59,7 @@ class LanguageModelConfig:
   seq_len: int
   mesh: MeshConfig
   sharding: devices.PolicySharding
+  parallelism: Parallelism
   optimizer: optim.OptimizerConfig
   sft: sft.SFTConfig
   loop: loop.LoopConfig
@@ -64,6 +71,9 @@ class LanguageModelConfig:
         self.batch_size, self.sft.num_microbatches, self.mesh
     )
     devices.check_length(self.seq_len, self.mesh, "seq_len")
+    check_parallelism(
+        self.parallelism, self.mesh.sizes(jax.device_count())
+    )
     checks.check_ranges(self, "", {"seed": "seed", "seq_len": ">= 2"})
     checks.check_ranges(self.sft, "sft", {"z_loss_coef": ">= 0"})
     checks.check_optimizer(self.optimizer, self.loop.num_steps)
@@ -110,9 +120,12 @@ def train(
   state = sharding.place(
       create_train_state(params, tx, rng), rules, mesh
   )
-  update = jax.jit(
+  update = compile_step(
       sft.make_sft_update(model, tx),
-      donate_argnums=0,
+      cfg.parallelism,
+      mesh,
+      rows=(1,),
+      donate=(0,),
       out_shardings=(sharding.of(state), None),
   )
 

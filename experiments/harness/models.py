@@ -155,13 +155,18 @@ def placed(model: Any, place_param: PlaceParam | None) -> Any:
   """The policy or reward model with its params where they are to go."""
   if place_param is None:
     return model
+  params = placed_params(model.params, place_param)
+  return dataclasses.replace(model, params=params)
+
+
+def placed_params(params: Any, place_param: PlaceParam) -> Any:
+  """Each array where it is to go."""
 
   def put(key_path, x):
     path = jax.tree_util.keystr(key_path, simple=True, separator="/")
     return sharding.put(x, place_param(path, x.shape))
 
-  params = jax.tree_util.tree_map_with_path(put, model.params)
-  return dataclasses.replace(model, params=params)
+  return jax.tree_util.tree_map_with_path(put, params)
 
 
 def _load_policy(

@@ -12,6 +12,7 @@ import jax
 import optax
 
 from experiments.harness.devices import PPOSharding
+from experiments.harness.parallelism import Parallelism, compile_step
 from rlhf_jax import sharding
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
@@ -23,8 +24,10 @@ from rlhf_jax.updates import ppo
 class Programs:
   """Jitted, so that each can be called, or lowered for shapes.
 
-  rollout: (state, prompt batch, sampling, frozen) -> Rollout
-  score: (params, ref_params, rollout, score, kl_coef, cfg) -> (scored, metrics)
+  rollout: (state, prompt batch, sampling, frozen, ahead) -> Rollout, of the
+    iteration that comes `ahead` after the state's.
+  score: (params, ref_params, rollout, score, kl_coef, cfg, ref_hidden=None) ->
+    (scored, metrics)
   update: (state, scored, ptx, cfg, frozen) -> (state, metrics); the state is
     donated.
   """
@@ -47,8 +50,11 @@ def make_programs(
     state: ppo.PPOState,
     mesh: jax.sharding.Mesh,
     rules: PPOSharding,
+    parallelism: Parallelism,
 ) -> Programs:
   """The three programs of an iteration.
+
+  Sampling has no sums over rows: it is split by jit whatever the parallelism.
 
   Args:
     value_config: None where the value network shares the policy's trunk.
@@ -58,22 +64,33 @@ def make_programs(
   ref_model = functions.make_language_model(ref_config)
   generate = decode.make_generate(heads.LanguageModel(policy_config))
 
-  def rollout(state, batch, sampling, frozen):
-    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
+  def rollout(state, batch, sampling, frozen, ahead=0):
+    rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)
     params = frozen | state.train.params["policy"]
     return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
 
   rows = sharding.rows(mesh)
+  places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
-      rollout=jax.jit(rollout, out_shardings=rows),
-      score=jax.jit(
-          ppo.make_score_rollout(model, ref_model), out_shardings=(rows, None)
+      rollout=jax.jit(rollout, out_shardings=rows, static_argnames="ahead"),
+      score=compile_step(
+          ppo.make_score_rollout(model, ref_model),
+          parallelism,
+          mesh,
+          # The rollout, its score, and what the reference made of it.
+          rows=(2, 3, 6),
+          gives_rows=True,
+          out_shardings=(rows, None),
       ),
-      update=jax.jit(
+      update=compile_step(
           ppo.make_ppo_update(model, tx),
-          donate_argnums=0,
+          parallelism,
+          mesh,
+          rows=(1, 2),
+          donate=(0,),
           out_shardings=(
-              sharding.shardings_of(state, state_rules(rules), mesh),
+              # Of a rollout, if there is one.
+              dataclasses.replace(places, pending=rows),
               None,
           ),
       ),

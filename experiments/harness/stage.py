@@ -35,6 +35,7 @@ MEMORY_FIELDS = (
     "head_chunk_size",
     "mesh",
     "num_microbatches",
+    "parallelism",
     "remat",
     "scan_unroll",
     "sharding",

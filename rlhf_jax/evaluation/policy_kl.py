@@ -1,7 +1,6 @@
 """How far a policy is from another on its own samples."""
 
 from collections.abc import Callable
-from typing import Any
 
 from jaxtyping import Array, Float
 
@@ -9,27 +8,26 @@ from rlhf_jax.losses import chunking, masking
 from rlhf_jax.losses import kl as kl_lib
 from rlhf_jax.models import functions
 from rlhf_jax.models.functions import LanguageModelFns
-from rlhf_jax.types import Rollout
 
 
 def make_episode_kl(
     model: LanguageModelFns, ref_model: LanguageModelFns
-) -> Callable[[Any, Any, Rollout, Float[Array, ""]], Float[Array, "B"]]:
-  """Returns kl(params, ref_params, rollout, temperature) -> [B], in nats.
+) -> Callable[..., Float[Array, "B"]]:
+  """Returns kl(params, ref_params, rollout, temperature, ref_hidden=None).
+
+  It gives [B], in nats.
 
   Each episode's sum over its tokens of KL(policy || ref_policy), exact over the
   vocabulary, at the states that the policy's own samples visit. Its mean over
   episodes estimates the KL between the two distributions of completions, with
-  less variance than log-ratios of the sampled tokens.
+  less variance than log-ratios of the sampled tokens. `ref_hidden` and
+  ref_params are as in `updates/ppo.py`.
   """
 
-  def episode_kl(params, ref_params, rollout, temperature):
-    tokens, mask = functions.whole_sequence(rollout)
-    last = rollout.completions.shape[1] + 1
-    hiddens = (
-        model.hidden(params, tokens, mask, last)[:, :-1],
-        ref_model.hidden(ref_params, tokens, mask, last)[:, :-1],
-    )
+  def episode_kl(params, ref_params, rollout, temperature, ref_hidden=None):
+    hidden = functions.completion_hidden(model, params, rollout)
+    if ref_hidden is None:
+      ref_hidden = functions.completion_hidden(ref_model, ref_params, rollout)
 
     logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
 
@@ -40,7 +38,7 @@ def make_episode_kl(
 
     kl = chunking.map_positions(
         measure,
-        hiddens,
+        (hidden, ref_hidden),
         rollout.completion_mask,
         chunk_size=model.chunk_size,
     )

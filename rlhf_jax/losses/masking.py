@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Shaped
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 
 Axis = int | tuple[int, ...] | None
 
@@ -90,7 +90,7 @@ def masked_mean(
   total = masked_sum(x, mask, axis)
   count = jnp.sum(mask.astype(bool).astype(jnp.float32), axis=axis)
   if axis is None:
-    total, count = devices.sum_over_devices((total, count))
+    total, count = collectives.sum_over_devices((total, count))
   return total / jnp.maximum(count, 1.0)
 
 

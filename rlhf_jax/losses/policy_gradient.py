@@ -98,3 +98,33 @@ def clipped_surrogate_loss(
   ratio = importance_ratio(logprobs, old_logprobs)
   clipped = jnp.clip(ratio, 1.0 - cliprange, 1.0 + cliprange)
   return -jnp.minimum(ratio * advantages, clipped * advantages)
+
+
+def truncated_importance_weight(
+    logprobs: Float[Array, "*shape"],
+    behavior_logprobs: Float[Array, "*shape"],
+    *,
+    cap: ScalarLike,
+) -> Float[Array, "*shape"]:
+  """What a token counts that another policy has sampled, but no more than cap.
+
+  min(pi(a_t | s_t) / mu(a_t | s_t), cap)
+
+  Args:
+    logprobs: under the policy pi that the loss is meant for.
+    behavior_logprobs: under the policy mu that sampled.
+    cap: > 0; the lower, the less variance and the more bias.
+
+  Returns:
+    float32, at least 0, unreduced; take no gradient through it.
+
+  Reference: Espeholt et al., IMPALA, arXiv 1802.01561, section 4.1 (rho_t).
+
+  Differs: nothing; both are of one token, not of the tokens before it.
+
+  Example:
+    >>> two = jnp.log(jnp.array([2.0, 0.5, 1.0]))
+    >>> truncated_importance_weight(two, jnp.zeros(3), cap=1.5).tolist()
+    [1.5, 0.5, 1.0]
+  """
+  return jnp.minimum(importance_ratio(logprobs, behavior_logprobs), cap)

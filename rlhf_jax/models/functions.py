@@ -100,6 +100,24 @@ def _with_wide_head(params: Any, config: TransformerConfig) -> Any:
   return {**params, "trunk": {**trunk, "token_embedding": embedding}}
 
 
+def head_params(params: Any, config: TransformerConfig) -> Any:
+  """What `LanguageModelFns.head` reads of params, without the rest."""
+  weights = lora.weights_of(params)
+  if not config.tie_head:
+    return {"head": weights["head"]}
+  tables = ("token_embedding", "position_embedding")
+  trunk = weights["trunk"]
+  return {"trunk": {x: trunk[x] for x in tables if x in trunk}}
+
+
+def completion_hidden(
+    model: LanguageModelFns, params: Any, rollout: Rollout
+) -> Float[Array, "B C D"]:
+  """Hidden states before each completion token, positions P-1 .. P+C-2."""
+  last = rollout.completions.shape[1] + 1
+  return model.hidden(params, *whole_sequence(rollout), last)[:, :-1]
+
+
 def make_logits_fn(config: TransformerConfig):
   """(params, tokens [B, T], segment_ids [B, T], last=None) -> [B, last, V].
 

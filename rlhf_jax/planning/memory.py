@@ -3,7 +3,9 @@
 from collections.abc import Mapping
 import dataclasses
 import math
+import pathlib
 import re
+import tempfile
 from typing import Any
 
 import jax
@@ -43,18 +45,32 @@ class MemoryUse:
     return self.arguments + self.outputs + self.temporaries + self.code
 
 
-def compile_program(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Compiles.
+def compile_program(
+    lowered: jax.stages.Lowered,
+) -> tuple[jax.stages.Compiled, str]:
+  """Compiles: (the program, its text).
+
+  A compiler that is newer than jaxlib may write what jaxlib cannot read back;
+  the text is then what the compiler itself has put down.
 
   Raises:
     TooLarge: the program does not fit into a chip's memory.
   """
-  try:
-    return lowered.compile()
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" in str(error):
-      raise TooLarge(str(error)) from error
-    raise
+  with tempfile.TemporaryDirectory() as folder:
+    options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+    try:
+      program = lowered.compile(compiler_options=options)
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" in str(error):
+        raise TooLarge(str(error)) from error
+      raise
+    try:
+      return program, program.as_text()
+    except jax.errors.JaxRuntimeError:
+      dumped = [*pathlib.Path(folder).glob("*.after_codegen.txt")]
+      if len(dumped) != 1:
+        raise
+      return program, dumped[0].read_text(encoding="utf-8")
 
 
 def memory_use(compiled: jax.stages.Compiled) -> MemoryUse:
@@ -74,7 +90,12 @@ def tree_bytes(tree: Any) -> int:
 
 
 def leaf_bytes(x: Any) -> int:
-  """Of one device's share; of all of it where nothing says how it is split."""
+  """Of one device's share; of all of it where nothing says how it is split.
+
+  A coefficient that is a Python number is nothing.
+  """
+  if isinstance(x, (int, float)):
+    return 0
   shape = x.shape if x.sharding is None else x.sharding.shard_shape(x.shape)
   return math.prod(shape) * x.dtype.itemsize
 

@@ -8,7 +8,7 @@ and the step itself are float32 whatever the params are: bfloat16 has 8 bits, in
 which a moving average with b2 = 0.999 does not move.
 
 With `jax.pmap` a device accumulates its own rows' share, and the shares are
-summed over the devices here, once, whatever the algorithm (`devices.py`).
+summed over the devices here, once, whatever the algorithm (`collectives.py`).
 """
 
 from collections.abc import Callable
@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.metrics import Metrics
 from rlhf_jax.train_state import TrainState, to_float32
@@ -87,8 +87,8 @@ def dropout_rngs(
     return {}
   rng = jax.random.fold_in(state.rng, state.step)
   fold = jax.vmap(jax.random.fold_in, (None, 0))
-  rows = jnp.arange(devices.num_devices() * math.prod(shape))
-  rngs = fold(rng, devices.own_rows(rows))
+  rows = jnp.arange(collectives.num_devices() * math.prod(shape))
+  rngs = fold(rng, collectives.own_rows(rows))
   # A key of the older kind is two numbers.
   return {"row_rngs": rngs.reshape(*shape, *rngs.shape[1:])}
 
@@ -118,7 +118,7 @@ def accumulate_gradients(
         split_rows(batch, num_microbatches),
     )
     metrics = metrics_lib.combine(metrics)
-  loss, grads, metrics = devices.sum_over_devices(
+  loss, grads, metrics = collectives.sum_over_devices(
       (loss, to_float32(grads), metrics)
   )
   bad = (~jnp.isfinite(loss)).astype(jnp.float32)

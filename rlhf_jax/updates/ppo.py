@@ -45,7 +45,12 @@ microbatches and devices change nothing (N+ averages each device's mean).
       the minibatch that exceeds is not applied, here it still is).
   13. The head sees completion positions alone, some at a time; log-probs,
       entropy and exact KL come out of the same pass (`losses/chunking.py`).
-  14. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
+  14. A rollout may be one iteration old, sampled while the one before it was
+      scored. Then old_logprobs are not the sampler's: they bound the step, and
+      the loss of each token is weighed by old over sampling probability, cut
+      off at `importance_cap` (Hilton et al., 2110.00641, the decoupled
+      objective, equation 3; cut off as in Espeholt et al., 1802.01561).
+  15. Adam's epsilon 1e-5, its placement and the linear decay: `optim.py` (N+,
       "Adam's epsilon"; TensorFlow's placement is optional).
 
 rollout -> score_rollout -> [epochs x minibatches: objective -> step] -> kl_coef
@@ -59,7 +64,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import optax
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import (
   chunking,
@@ -94,6 +99,8 @@ class PPOConfig:
   missing_eos_score: what a completion that never ended scores, if
     replace_missing_eos.
   max_update_kl: nats a token (k3, new policy from old), infinite is off.
+  importance_correction: for rollouts of an older policy, see 14 above;
+    importance_cap: the largest weight of a token.
   num_microbatches: memory only, in scoring and in each minibatch.
   """
 
@@ -115,6 +122,8 @@ class PPOConfig:
   entropy_coef: float = 0.0
   ptx_coef: float = 0.0
   max_update_kl: float = float("inf")
+  importance_correction: bool = static(False)
+  importance_cap: float = 2.0
   num_epochs: int = static(4)
   num_minibatches: int = static(1)
   num_microbatches: int = static(1)
@@ -126,11 +135,15 @@ class PPOState:
 
   Under adapters these are {'policy': {'adapter'}, 'value': {'adapter', 'head'}}
   and one frozen base serves both, and the reference policy without any.
+
+  pending: the rollout that the next iteration is to train on, where one is
+    sampled ahead; else None.
   """
 
   train: TrainState
   kl_coef: Float[Array, ""]
   iteration: Int[Array, ""]
+  pending: Rollout | None = None
 
 
 def create_ppo_state(
@@ -147,9 +160,13 @@ def create_ppo_state(
   )
 
 
-def iteration_rng(state: PPOState) -> jax.Array:
-  """This iteration's key: fold_in 0 is the rollout's, 1 the update's."""
-  return jax.random.fold_in(state.train.rng, state.iteration)
+def iteration_rng(state: PPOState, ahead: int = 0) -> jax.Array:
+  """An iteration's key: fold_in 0 is the rollout's, 1 the update's.
+
+  Args:
+    ahead: of the iteration that comes so many after this one.
+  """
+  return jax.random.fold_in(state.train.rng, state.iteration + ahead)
 
 
 def hidden_and_values(
@@ -166,15 +183,16 @@ def hidden_and_values(
 def make_score_rollout(
     model: PolicyValueFns, ref_model: LanguageModelFns
 ) -> Callable[..., tuple[ScoredRollout, Metrics]]:
-  """Returns score_rollout(params, ref_params, rollout, score, kl_coef, cfg)."""
+  """Returns score_rollout(params, ref_params, rollout, score, kl_coef, cfg).
 
-  def forward(params, ref_params, rollout, temperature):
+  It takes `ref_hidden` too, the reference policy's `completion_hidden`, where
+  that has run on devices of its own; ref_params is then its head alone.
+  """
+
+  def forward(params, ref_params, rollout, ref_hidden, temperature):
     hidden, values = hidden_and_values(model, params, rollout)
-    ref_hidden = ref_model.hidden(
-        ref_params,
-        *functions.whole_sequence(rollout),
-        hidden.shape[1] + 1,
-    )[:, :-1]
+    if ref_hidden is None:
+      ref_hidden = functions.completion_hidden(ref_model, ref_params, rollout)
 
     logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
 
@@ -202,11 +220,13 @@ def make_score_rollout(
     }
     return logprobs, ref_logprobs, values, kls, entropy
 
-  def score_rollout(params, ref_params, rollout, score, kl_coef, cfg):
+  def score_rollout(
+      params, ref_params, rollout, score, kl_coef, cfg, ref_hidden=None
+  ):
     mask = rollout.completion_mask
     logprobs, ref_logprobs, values, kls, entropy = gradient.map_microbatches(
-        lambda part: forward(params, ref_params, part, cfg.temperature),
-        rollout,
+        lambda part: forward(params, ref_params, *part, cfg.temperature),
+        (rollout, ref_hidden),
         cfg.num_microbatches,
     )
     raw_score = score
@@ -232,7 +252,10 @@ def make_score_rollout(
         masking.masked_sum(x, mask, axis=1)
     )
     gap = jnp.abs(logprobs - rollout.logprobs)
-    metrics = devices.sum_over_devices({
+    importance = policy_gradient.truncated_importance_weight(
+        logprobs, rollout.logprobs, cap=cfg.importance_cap
+    )
+    metrics = collectives.sum_over_devices({
         "ppo/score": metrics_lib.average(raw_score),
         "ppo/score_after_eos_rule": metrics_lib.average(score),
         "ppo/reward_sum": per_episode(unwhitened),
@@ -246,6 +269,7 @@ def make_score_rollout(
         "ppo/ended": metrics_lib.average(rollout.ended),
         "ppo/value": metrics_lib.average(values, mask),
         "ppo/rollout_logprob_gap": metrics_lib.average(gap, mask),
+        "ppo/importance_weight": metrics_lib.average(importance, mask),
     })
     metrics |= {
         "ppo/kl_coef": metrics_lib.scalar(kl_coef),
@@ -297,6 +321,10 @@ def ppo_objective(
   policy_loss = policy_gradient.clipped_surrogate_loss(
       logprobs, batch.old_logprobs, batch.advantages, cliprange=cfg.cliprange
   )
+  if cfg.importance_correction:
+    policy_loss *= policy_gradient.truncated_importance_weight(
+        batch.old_logprobs, batch.rollout.logprobs, cap=cfg.importance_cap
+    )
   value_loss = value.clipped_value_loss(
       values,
       batch.values,
@@ -366,12 +394,12 @@ def make_ppo_update(
 
   def minibatch_step(train, minibatch, cfg, frozen):
     scored, ptx = minibatch
-    num_tokens = devices.sum_over_devices(
+    num_tokens = collectives.sum_over_devices(
         scored.rollout.completion_mask.sum().astype(jnp.float32)
     )
     num_targets = None
     if ptx is not None:
-      num_targets = devices.sum_over_devices(ptx.loss_mask[:, 1:].sum())
+      num_targets = collectives.sum_over_devices(ptx.loss_mask[:, 1:].sum())
       num_targets = jnp.maximum(num_targets, 1)
 
     def objective(params, microbatch):
@@ -398,7 +426,7 @@ def make_ppo_update(
       raise ValueError("PPO takes no adapter_dropout: train it without")
     rng = jax.random.fold_in(iteration_rng(state), 1)
     # A device's own rows become those that the permutation gives it.
-    scored = devices.gather_rows(scored)
+    scored = collectives.gather_rows(scored)
     num_rows = scored.score.shape[0]
     ptx_parts = gradient.split_rows(ptx, cfg.num_minibatches)
 
@@ -417,7 +445,7 @@ def make_ppo_update(
       return (train, stopped), metrics
 
     def one_epoch(carry, rng_epoch):
-      order = devices.own_rows(jax.random.permutation(rng_epoch, num_rows))
+      order = collectives.own_rows(jax.random.permutation(rng_epoch, num_rows))
       shuffled = jax.tree.map(lambda x: x[order], scored)
       parts = gradient.split_rows(shuffled, cfg.num_minibatches)
       return jax.lax.scan(one_minibatch, carry, (parts, ptx_parts))
@@ -444,7 +472,10 @@ def make_ppo_update(
           num_episodes=num_rows,
       )
     new_state = PPOState(
-        train=train, kl_coef=kl_coef, iteration=state.iteration + 1
+        train=train,
+        kl_coef=kl_coef,
+        iteration=state.iteration + 1,
+        pending=state.pending,
     )
     return new_state, metrics
 

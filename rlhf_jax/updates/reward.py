@@ -35,7 +35,7 @@ from jaxtyping import Array, Float, Int
 import numpy as np
 import optax
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import preference
 from rlhf_jax.metrics import Metrics
@@ -164,7 +164,7 @@ def make_reward_update(
 
   def update(state, batch, cfg, frozen=None):
     frozen = {} if frozen is None else frozen
-    total_weight = devices.sum_over_devices(batch.weight.sum())
+    total_weight = collectives.sum_over_devices(batch.weight.sum())
     total_weight = jnp.maximum(total_weight, jnp.float32(1e-6))
     is_ranking = isinstance(batch, RankingBatch)
     objective_fn = ranking_objective if is_ranking else reward_objective

@@ -25,7 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 import optax
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.losses import chunking, language_modeling, masking
 from rlhf_jax.metrics import Metrics
@@ -94,7 +94,7 @@ def make_sft_update(
   def update(state, batch, cfg, frozen=None):
     frozen = {} if frozen is None else frozen
     # A batch without a target has a loss of 0, not of 0 / 0.
-    num_targets = devices.sum_over_devices(batch.loss_mask[:, 1:].sum())
+    num_targets = collectives.sum_over_devices(batch.loss_mask[:, 1:].sum())
     num_targets = jnp.maximum(num_targets, 1)
 
     rngs = gradient.dropout_rngs(frozen, state, batch.tokens.shape[:1])

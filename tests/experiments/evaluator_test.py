@@ -10,6 +10,7 @@ import pytest
 from experiments import evaluate
 from experiments.harness import evaluator, models, sources
 from experiments.harness.config import ConfigError, from_config
+from experiments.harness.reference import Reference
 from rlhf_jax.rewards.episodes import Episodes
 from tests.experiments import tiny
 
@@ -85,13 +86,17 @@ def test_a_seed_gives_the_same_rows_and_another_gives_others(policy, prompts):
   assert texts(other) != texts(first)
 
 
+def reference_evaluator(policy, prompts):
+  return make_evaluator(policy, prompts, reference=Reference(policy))
+
+
 def test_kl_of_a_policy_from_itself_is_zero_and_of_another_is_not(
     policy, prompts
 ):
-  rows = make_evaluator(policy, prompts, ref_policy=policy).rows(policy.params)
+  rows = reference_evaluator(policy, prompts).rows(policy.params)
   assert max(abs(row["kl"]) for row in rows) < 1e-4
   moved = jax.tree.map(lambda x: x * np.float32(1.5), policy.params)
-  rows = make_evaluator(policy, prompts, ref_policy=policy).rows(moved)
+  rows = reference_evaluator(policy, prompts).rows(moved)
   # Exact over the vocabulary, so it is never negative.
   assert min(row["kl"] for row in rows) > 1e-3
 

@@ -60,6 +60,9 @@ def test_every_stage_leaves_what_the_next_one_reads(finished_run):
     assert (finished_run / name / "tokenizer").is_dir()
   versions = json.loads((finished_run / "versions.json").read_text())
   assert {"python", "jax", "commit", "device", "command"} <= versions.keys()
+  # The whole run has the mark of a stage: it is done.
+  finished = json.loads((finished_run / "finished.json").read_text())
+  assert finished == {"stages": list(STAGES)}
 
 
 def test_every_stage_measures_under_its_own_name(finished_run):

@@ -67,6 +67,12 @@ def test_policy_gradient_and_ratio_match_loops_over_ragged_rows(
   for loss, expected in (
       (policy_gradient.policy_gradient_loss, lambda x, y: -x * y),
       (policy_gradient.importance_ratio, lambda x, y: math.exp(x - y)),
+      (
+          functools.partial(
+              policy_gradient.truncated_importance_weight, cap=1.5
+          ),
+          lambda x, y: min(math.exp(x - y), 1.5),
+      ),
   ):
     np.testing.assert_allclose(
         masking.zero_masked(loss(*arrays), jnp.asarray(mask)),

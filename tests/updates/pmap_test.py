@@ -26,7 +26,7 @@ assert_close = functools.partial(assert_trees_close, rtol=1e-5, atol=1e-5)
 
 
 def _pmap(update, num_devices=8, rows=(1,), **options):
-  mesh = sharding.make_mesh(num_devices)
+  mesh = sharding.make_mesh(sharding.MeshConfig(data=num_devices))
   return parallelism.compile_step(update, "pmap", mesh, rows=rows, **options)
 
 

@@ -202,6 +202,33 @@ def test_devices_change_nothing_in_scoring_and_update(scored, updated):
   )
 
 
+@pytest.mark.parametrize("ratio,weight", [(0.8, 0.8), (1.0, 1.0), (4.0, 2.0)])
+def test_importance_weighs_the_policys_loss_alone(scored, ratio, weight):
+  """A token counts as its probability over the sampler's, at most the cap."""
+  cfg = dataclasses.replace(
+      CFG, num_epochs=1, num_minibatches=1, ptx_coef=0.0, entropy_coef=0.0
+  )
+  sampled = dataclasses.replace(
+      scored.rollout,
+      logprobs=scored.old_logprobs - np.float32(np.log(ratio)),
+  )
+  older = dataclasses.replace(scored, rollout=sampled)
+  _, update = _programs()
+  step = lambda cfg: jax.tree.map(
+      jnp.subtract,
+      update(_state(), older, None, cfg)[0].train.params,
+      _params(),
+  )
+  corrected = dataclasses.replace(cfg, importance_correction=True)
+  plain, weighed = step(cfg), step(corrected)
+  assert_trees_close(
+      weighed["policy"],
+      jax.tree.map(lambda x: np.float32(weight) * x, plain["policy"]),
+      atol=1e-6,
+  )
+  assert_trees_close(weighed["value"], plain["value"], atol=1e-7)
+
+
 def _real(tree, mask):
   """Every array [B, C] of `tree` with its padding made equal."""
   return jax.tree.map(

@@ -9,33 +9,34 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import devices
+from rlhf_jax import collectives
 from rlhf_jax.losses import masking
 
 NUM, ROWS, WIDTH = 8, 3, 4
 
 
-pmap = functools.partial(jax.pmap, axis_name=devices.AXIS)
+pmap = functools.partial(jax.pmap, axis_name=collectives.AXIS)
 
 
 def test_without_pmap_nothing_is_computed():
   x = jnp.arange(6.0).reshape(3, 2)
 
   def fn(x):
-    x = devices.own_rows(devices.gather_rows(x))
-    return devices.sum_over_devices({"x": x})["x"] * devices.num_devices()
+    x = collectives.own_rows(collectives.gather_rows(x))
+    x = collectives.sum_over_devices({"x": x})["x"]
+    return x * collectives.num_devices()
 
   plain = jax.make_jaxpr(lambda x: x * 1)(x)
   assert str(jax.make_jaxpr(fn)(x)) == str(plain)
   # Nor where an axis of another name is mapped, or split by a mesh.
   np.testing.assert_array_equal(jax.vmap(fn, axis_name="other")(x), x)
-  with jax.set_mesh(jax.make_mesh((8,), (devices.AXIS,))):
+  with jax.set_mesh(jax.make_mesh((8,), (collectives.AXIS,))):
     np.testing.assert_array_equal(jax.jit(fn)(x), x)
 
 
 def test_every_device_has_the_sum():
   tree = {"a": jnp.arange(8.0), "b": (jnp.ones((8, 2)),)}
-  total = pmap(devices.sum_over_devices)(tree)
+  total = pmap(collectives.sum_over_devices)(tree)
   np.testing.assert_array_equal(total["a"], np.full(8, 28.0))
   np.testing.assert_array_equal(total["b"][0], np.full((8, 2), 8.0))
 
@@ -47,8 +48,8 @@ def test_gathered_rows_stand_in_the_order_of_the_devices():
   }
 
   def fn(tree):
-    whole = devices.gather_rows(tree)
-    return whole, devices.own_rows(whole)
+    whole = collectives.gather_rows(tree)
+    return whole, collectives.own_rows(whole)
 
   whole, own = pmap(fn)(rows)
   for name, x in rows.items():
@@ -59,7 +60,7 @@ def test_gathered_rows_stand_in_the_order_of_the_devices():
 
 def test_rows_that_do_not_divide_are_an_error():
   with pytest.raises(ValueError, match="12 rows do not divide over 8 devices"):
-    pmap(lambda _: devices.own_rows(jnp.arange(12)))(jnp.zeros(8))
+    pmap(lambda _: collectives.own_rows(jnp.arange(12)))(jnp.zeros(8))
 
 
 def _moments(x, mask):

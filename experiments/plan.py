@@ -1,0 +1,166 @@
+r"""Says what a run of PPO will take, before any chip is booked.
+
+    python -m experiments.plan --config=configs/ppo.py:llama3_8b \
+        --topology=v5e:8x8
+
+Compiles the programs of an iteration (rollout, the reward model's score, score,
+update) for a slice that need not be there, and prints and writes for each:
+bytes a chip against its memory, matmul FLOPs, bytes that chips send, the
+roofline's time; then tokens a second and days for --num_episodes. Models need
+their config.json and no weights. What does not fit ends in a refusal that says
+what to change, and exit code 1.
+
+--topology=v5e:8x8, or by Cloud's name v5e-64, needs the extra `tpu`. Without it
+the plan is for the devices here, and is then run once and measured (--measure).
+--sweep_meshes plans all meshes of the slice and ranks those that fit; what was
+compiled is kept in --cache_dir.
+"""
+
+import dataclasses
+import json
+import pathlib
+import sys
+
+from absl import app, flags
+import jax
+from ml_collections import config_flags
+
+from experiments import ppo
+from experiments.harness import (
+    cli,
+    devices,
+    plan_measure,
+    plan_report,
+    plan_sweep,
+    planner,
+)
+from experiments.harness import config as config_lib
+from experiments.harness.planner import Plan, Target
+from rlhf_jax import sharding
+from rlhf_jax.planning import cache, chips, topologies
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of PPO.")
+_TOPOLOGY = flags.DEFINE_string(
+    "topology", "", "A slice of TPUs, v5e:8x8 or v5e-64; '' for what is here."
+)
+_NUM_EPISODES = flags.DEFINE_integer(
+    "num_episodes", 0, "That days are for; 0 for all of the config's."
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", "runs/plans", "Where plans are written, by config and topology."
+)
+_CACHE_DIR = flags.DEFINE_string(
+    "cache_dir", str(cache.FOLDER), "Where what was compiled is kept."
+)
+_SWEEP = flags.DEFINE_bool("sweep_meshes", False, "Plan all meshes.")
+_SWEEP_LIMIT = flags.DEFINE_integer(
+    "sweep_limit", 0, "Compile so many meshes at the most; 0 for all."
+)
+_MEASURE = flags.DEFINE_bool(
+    "measure", True, "Run and measure a plan for what is here."
+)
+flags.mark_flag_as_required("config")
+
+
+def main(argv):
+  if len(argv) > 1:
+    raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
+  cli.quiet_third_parties()
+  with cli.told_errors():
+    sys.exit(0 if write_plan(_CONFIG.value, _name()) else 1)
+
+
+def _name() -> str:
+  """'ppo_llama3_8b': the config file and its mini-argument."""
+  for arg in sys.argv:
+    if arg.lstrip("-").startswith("config="):
+      path, *rest = arg.partition("=")[2].split(":", 1)
+      return "_".join([pathlib.Path(path).stem, *rest])
+  return "ppo"
+
+
+def write_plan(raw_config, name: str) -> bool:
+  """Prints and writes a plan, or a sweep; whether something fits."""
+  try:
+    target = make_target(_TOPOLOGY.value)
+    with devices.planned_for(len(target.devices)):
+      config = config_lib.from_config(ppo.Config, raw_config)
+    cache_dir = pathlib.Path(_CACHE_DIR.value)
+    folder = pathlib.Path(_WORKDIR.value)
+    place = folder / f"{name}_{target.name.replace(':', '-')}"
+    if _SWEEP.value:
+      found = plan_sweep.sweep(
+          config, target, cache_dir, _SWEEP_LIMIT.value
+      )
+      text = plan_sweep.report(found, f"Meshes of {target.name} for {name}")
+      _write(place.with_name(place.name + "_meshes"), text, found)
+      return any(x.plan for x in found)
+    mesh = sharding.make_mesh(config.mesh, target.devices)
+    plan = planner.make_plan(config, mesh, target, cache_dir)
+  except ValueError as error:
+    # Sizes that do not divide over the mesh, no such topology.
+    raise cli.UserError(str(error)) from error
+  num_episodes = _NUM_EPISODES.value or (
+      config.loop.num_steps * config.rollout_batch_size
+  )
+  text = plan_report.report(plan, name, config, num_episodes)
+  if _MEASURE.value and not _TOPOLOGY.value and plan.fits:
+    text += "\n" + measured_table(plan_measure.measure(config, mesh, plan))
+  _write(place, text, plan)
+  return plan.fits
+
+
+def make_target(topology: str) -> Target:
+  """What is planned for, '' for what is here.
+
+  Raises:
+    TopologyError: there is no such slice, or no libtpu.
+  """
+  if topology:
+    name = topologies.full_name(topology)
+    there = topologies.make_devices(name)
+  else:
+    there = jax.devices()
+    name = f"{len(there)} x {there[0].device_kind}"
+  chip = chips.chip_of(there[0].device_kind)
+  memory_bytes = chip and chip.memory_bytes
+  if not topology and (stats := there[0].memory_stats()):
+    # What the allocator was given is less than the chip has.
+    memory_bytes = stats["bytes_limit"]
+  return Target(
+      name=name, devices=there, chip=chip, memory_bytes=memory_bytes
+  )
+
+
+def measured_table(found: list[plan_measure.Measured]) -> str:
+  """Predicted beside measured."""
+  rows = [
+      [
+          x.name,
+          plan_report.gib(x.predicted),
+          plan_report.gib(x.measured),
+          f"{x.error:+.1%}",
+      ]
+      for x in found
+  ]
+  header = ("measured here", "predicted GiB", "measured GiB", "off by")
+  return plan_report.table(header, rows) + "\n"
+
+
+def _write(place: pathlib.Path, text: str, data) -> None:
+  print(text)
+  place.parent.mkdir(parents=True, exist_ok=True)
+  place.with_name(place.name + ".md").write_text(text, encoding="utf-8")
+  data = [_plain(x) for x in data] if isinstance(data, list) else _plain(data)
+  place.with_name(place.name + ".json").write_text(
+      json.dumps(data, indent=2) + "\n", encoding="utf-8"
+  )
+  print(f"Written to {place}.md and .json")
+
+
+def _plain(x: Plan | plan_sweep.Tried) -> dict:
+  return dataclasses.asdict(x)
+
+
+if __name__ == "__main__":
+  app.run(main, flags_parser=cli.parse_flags)

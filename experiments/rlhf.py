@@ -189,8 +189,9 @@ def run(
     raise cli.UserError(f"--reuse={reuse}: no such run")
   _check_inputs(config, workdir, names)
   out = stage.Stage(workdir, config, is_run=True)
-  if reuse:
+  if reuse and stage.is_first():
     _link_finished(config, out.dir, pathlib.Path(reuse).resolve())
+  stage.barrier("linked")
   for name in names:
     stage_config = getattr(config, name)
     if stage_config is None:
@@ -199,6 +200,8 @@ def run(
     start = time.monotonic()
     STAGES[name](in_run(stage_config, workdir), str(out.dir / name))
     logging.info("rlhf: %s took %.1f s", name, time.monotonic() - start)
+  if not stage.is_first():
+    return
   # Only now: matplotlib takes a second that a wrong config need not wait for.
   from rlhf_jax.evaluation import report  # pylint: disable=g-import-not-at-top
 

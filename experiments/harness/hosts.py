@@ -124,6 +124,7 @@ class _Watch(threading.Thread):
     self._coordinator = distributed.global_state.coordinator_address
     self._id, self._num = jax.process_index(), jax.process_count()
     self._ending = False
+    self._told = False  # what is wrong is on the screen already
     self._ended = threading.Lock()  # whoever has it says the last words
     # process -> (what it last said, when that was heard)
     self._heard = {
@@ -159,6 +160,7 @@ class _Watch(threading.Thread):
           f"{_FAILED}/{self._id}",
           json.dumps({"reason": reason, "certain": certain}),
       )
+      self._told = certain
       self.join(2 * self._limit)
     self._end(f"process {self._id} of {self._num} failed: {reason}")
 
@@ -216,7 +218,8 @@ class _Watch(threading.Thread):
       time.sleep(60)  # until the other thread has ended us
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(2, f"\nerror: {message}. {_GO_ON}\n".encode())
+    if not self._told:
+      os.write(2, f"\nerror: {message}. {_GO_ON}\n".encode())
     if self._id == 0:
       time.sleep(2 * self._interval)  # while others hear it: it keeps the store
     os._exit(1)

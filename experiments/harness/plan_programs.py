@@ -109,7 +109,14 @@ def make_iteration(config: Any, mesh: jax.sharding.Mesh) -> Iteration:
         rules.rules_of("reward_model"),
     )
   programs = ppo_programs.make_programs(
-      policy_config, ref_config, value_config, tx, state, mesh, rules
+      policy_config,
+      ref_config,
+      value_config,
+      tx,
+      state,
+      mesh,
+      rules,
+      config.parallelism,
   )
   work = _Counted(config, mesh, policy_config, ref_config, value_config)
   return Iteration(

@@ -86,7 +86,7 @@ class Config:
         "samples.max_prompt_length + samples.max_completion_length",
     )
     check_parallelism(
-        self.parallelism, self.mesh.sizes(devices.num_devices())
+        self.parallelism, self.mesh.sizes(devices.num_devices() - taken)
     )
     if self.ppo.ptx_coef:
       checks.check_ranges(self, "", {"ptx_seq_len": ">= 2"})

@@ -78,7 +78,9 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
       watch.fail(str(error or end), certain=certain)
   except BaseException as error:  # pylint: disable=broad-except
     traceback.print_exc()
-    watch.fail(f"{type(error).__name__}: {error}", certain=False)
+    # Of what a missing peer leads to there are many kinds.
+    certain = isinstance(error, KeyboardInterrupt)
+    watch.fail(f"{type(error).__name__}: {error}", certain=certain)
   watch.expect_the_end()
   jax.distributed.shutdown()  # Waits for all: they are watched on.
   watch.join(1.0)

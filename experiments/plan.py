@@ -39,35 +39,54 @@ from experiments.harness.planner import Plan, Target
 from rlhf_jax import sharding
 from rlhf_jax.planning import cache, chips, topologies
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "The config of PPO.")
-_TOPOLOGY = flags.DEFINE_string(
-    "topology", "", "A slice of TPUs, v5e:8x8 or v5e-64; '' for what is here."
-)
-_NUM_EPISODES = flags.DEFINE_integer(
-    "num_episodes", 0, "That days are for; 0 for all of the config's."
-)
-_WORKDIR = flags.DEFINE_string(
-    "workdir", "runs/plans", "Where plans are written, by config and topology."
-)
-_CACHE_DIR = flags.DEFINE_string(
-    "cache_dir", str(cache.FOLDER), "Where what was compiled is kept."
-)
-_SWEEP = flags.DEFINE_bool("sweep_meshes", False, "Plan all meshes.")
-_SWEEP_LIMIT = flags.DEFINE_integer(
-    "sweep_limit", 0, "Compile so many meshes at the most; 0 for all."
-)
-_MEASURE = flags.DEFINE_bool(
-    "measure", True, "Run and measure a plan for what is here."
-)
-flags.mark_flag_as_required("config")
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What the flags say; see `launch`."""
+
+  topology: str
+  num_episodes: int
+  workdir: str
+  cache_dir: str
+  sweep_meshes: bool
+  sweep_limit: int
+  measure: bool
 
 
-def main(argv):
-  if len(argv) > 1:
-    raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
-  cli.quiet_third_parties()
-  with cli.told_errors():
-    sys.exit(0 if write_plan(_CONFIG.value, _name()) else 1)
+def launch() -> None:
+  """Defines the flags, which other binaries have too, and runs."""
+  config = config_flags.DEFINE_config_file("config", None, "The config of PPO.")
+  flags.DEFINE_string(
+      "topology", "", "A slice of TPUs, v5e:8x8 or v5e-64; '' for what is here."
+  )
+  flags.DEFINE_integer(
+      "num_episodes", 0, "That days are for; 0 for all of the config's."
+  )
+  flags.DEFINE_string(
+      "workdir", "runs/plans", "Where plans go, by config and topology."
+  )
+  flags.DEFINE_string(
+      "cache_dir", str(cache.FOLDER), "Where what was compiled is kept."
+  )
+  flags.DEFINE_bool("sweep_meshes", False, "Plan all meshes.")
+  flags.DEFINE_integer(
+      "sweep_limit", 0, "Compile so many meshes at the most; 0 for all."
+  )
+  flags.DEFINE_bool("measure", True, "Run and measure a plan for what is here.")
+  flags.mark_flag_as_required("config")
+
+  def main(argv):
+    if len(argv) > 1:
+      raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
+    cli.quiet_third_parties()
+    options = Options(**{
+        field.name: flags.FLAGS[field.name].value
+        for field in dataclasses.fields(Options)
+    })
+    with cli.told_errors():
+      sys.exit(0 if write_plan(config.value, _name(), options) else 1)
+
+  app.run(main, flags_parser=cli.parse_flags)
 
 
 def _name() -> str:
@@ -79,18 +98,18 @@ def _name() -> str:
   return "ppo"
 
 
-def write_plan(raw_config, name: str) -> bool:
+def write_plan(raw_config, name: str, options: Options) -> bool:
   """Prints and writes a plan, or a sweep; whether something fits."""
   try:
-    target = make_target(_TOPOLOGY.value)
+    target = make_target(options.topology)
     with devices.planned_for(len(target.devices)):
       config = config_lib.from_config(ppo.Config, raw_config)
-    cache_dir = pathlib.Path(_CACHE_DIR.value)
-    folder = pathlib.Path(_WORKDIR.value)
+    cache_dir = pathlib.Path(options.cache_dir)
+    folder = pathlib.Path(options.workdir)
     place = folder / f"{name}_{target.name.replace(':', '-')}"
-    if _SWEEP.value:
+    if options.sweep_meshes:
       found = plan_sweep.sweep(
-          config, target, cache_dir, _SWEEP_LIMIT.value
+          config, target, cache_dir, options.sweep_limit
       )
       text = plan_sweep.report(found, f"Meshes of {target.name} for {name}")
       _write(place.with_name(place.name + "_meshes"), text, found)
@@ -100,11 +119,11 @@ def write_plan(raw_config, name: str) -> bool:
   except ValueError as error:
     # Sizes that do not divide over the mesh, no such topology.
     raise cli.UserError(str(error)) from error
-  num_episodes = _NUM_EPISODES.value or (
+  num_episodes = options.num_episodes or (
       config.loop.num_steps * config.rollout_batch_size
   )
   text = plan_report.report(plan, name, config, num_episodes)
-  if _MEASURE.value and not _TOPOLOGY.value and plan.fits:
+  if options.measure and not options.topology and plan.fits:
     text += "\n" + measured_table(plan_measure.measure(config, mesh, plan))
   _write(place, text, plan)
   return plan.fits
@@ -163,4 +182,4 @@ def _plain(x: Plan | plan_sweep.Tried) -> dict:
 
 
 if __name__ == "__main__":
-  app.run(main, flags_parser=cli.parse_flags)
+  launch()

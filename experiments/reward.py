@@ -101,7 +101,7 @@ class Config:
         "max_prompt_length + max_completion_length",
     )
     check_parallelism(
-        self.parallelism, self.mesh.sizes(jax.device_count())
+        self.parallelism, self.mesh.sizes(devices.num_devices())
     )
     checks.check_ranges(
         self,

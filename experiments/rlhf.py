@@ -189,8 +189,9 @@ def run(
     raise cli.UserError(f"--reuse={reuse}: no such run")
   _check_inputs(config, workdir, names)
   out = stage.Stage(workdir, config, is_run=True)
-  if reuse:
+  if reuse and stage.is_first():
     _link_finished(config, out.dir, pathlib.Path(reuse).resolve())
+  stage.barrier("linked")
   for name in names:
     stage_config = getattr(config, name)
     if stage_config is None:
@@ -202,12 +203,13 @@ def run(
   # Only now: matplotlib takes a second that a wrong config need not wait for.
   from rlhf_jax.evaluation import report  # pylint: disable=g-import-not-at-top
 
-  path = report.write_report(out.dir)
+  if stage.is_first():
+    path = report.write_report(out.dir)
+    print(report.summary_text(out.dir))
+    print(f"\nreport: {path}")
   if not out.finished:
     # Whoever started the run from afar looks here, and for nothing else.
     out.finish({"stages": [x for x in names if getattr(config, x) is not None]})
-  print(report.summary_text(out.dir))
-  print(f"\nreport: {path}")
 
 
 def _link_finished(

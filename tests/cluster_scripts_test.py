@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 
+from experiments.harness import cli
 from tests.fake_gcloud.cloud import NASTY, Cloud
 
 pytestmark = pytest.mark.skipif(
@@ -206,6 +207,17 @@ def test_slurm_starts_one_process_a_task_with_the_arguments_as_given(
       ]
       for i in range(4)
   ]
+
+
+def test_binaries_have_the_flags_that_the_scripts_add(cloud, tmp_path):
+  args = ["experiments.ppo", f"--workdir={tmp_path}/run"]
+  slurm = _slurm(cloud, tmp_path, "--dry_run", *args).stdout
+  _, launch = _manifest(cloud, "experiments.ppo")
+  added = set(re.findall(r"--(\w+)", slurm.partition("--workdir")[2]))
+  added |= set(re.findall(r"--workdir=\S+ --(\w+)", launch))
+  assert {"distributed", "coordinator_address", "num_processes"} <= added
+  for name in added | {"process_id"}:
+    assert name in cli.flags.FLAGS, name
 
 
 def test_slurm_ends_at_once_where_the_done_mark_is(cloud, tmp_path):

@@ -164,7 +164,7 @@ def _prompts():
 class _PPO:
   """Two iterations of the programs that a run is made of."""
 
-  def __init__(self, name, cfg=CFG, tx=small.SGD):
+  def __init__(self, name, cfg=CFG, tx=small.SGD, parallelism="jit"):
     self.mesh, self.cfg = _mesh(name), cfg
     state = ppo.create_ppo_state(
         {
@@ -183,7 +183,7 @@ class _PPO:
         self.mesh,
     )
     self.programs = ppo_programs.make_programs(
-        CONFIG, CONFIG, CONFIG, tx, state, self.mesh, NO_RULES
+        CONFIG, CONFIG, CONFIG, tx, state, self.mesh, NO_RULES, parallelism
     )
     self.log = []
 
@@ -221,10 +221,15 @@ def _one_device():
   return metrics, one
 
 
-@meshes
-def test_ppo_is_that_of_one_device_and_its_tokens_are_the_same(name):
+@pytest.mark.parametrize(
+    "name, parallelism",
+    [*((name, "jit") for name in MESHES), ("data", "pmap")],
+)
+def test_ppo_is_that_of_one_device_and_its_tokens_are_the_same(
+    name, parallelism
+):
   wanted, one = _one_device()
-  many = _PPO(name)
+  many = _PPO(name, parallelism=parallelism)
   found = many.iterate()
   (rollout, scored), (rollout_1, scored_1) = many.log[0], one.log[0]
   assert_trees_equal(
@@ -256,8 +261,13 @@ def test_microbatches_change_nothing_on_a_mesh():
   assert_trees_close(found, wanted, rtol=1e-5, atol=1e-5)
 
 
-def test_nothing_is_compiled_after_the_first_iteration(caplog):
-  run = _PPO("data_fsdp_tensor")
+@pytest.mark.parametrize(
+    "name, parallelism", [("data_fsdp_tensor", "jit"), ("data", "pmap")]
+)
+def test_nothing_is_compiled_after_the_first_iteration(
+    name, parallelism, caplog
+):
+  run = _PPO(name, parallelism=parallelism)
   run.iterate()
   with jax.log_compiles(), caplog.at_level("WARNING", logger="jax"):
     jax.jit(lambda x: x + 1)(jnp.ones(7))  # this is told, so all would be
@@ -386,7 +396,7 @@ def test_ppo_holds_no_full_copy_of_a_sharded_tensor():
       {"policy": policy, "value": value},
   )
   programs = ppo_programs.make_programs(
-      config, config, config, small.SGD, state, mesh, NO_RULES
+      config, config, config, small.SGD, state, mesh, NO_RULES, "jit"
   )
   rules = ppo_programs.state_rules(NO_RULES)
   state = _on(state, sharding.shardings_of(state, rules, mesh))

@@ -88,6 +88,14 @@ def test_rows_that_do_not_divide_over_devices_are_an_error():
     sharding.shard_rows({"x": np.zeros((12, 2))}, _mesh(data=2, fsdp=4))
 
 
+def test_one_process_has_all_rows_of_every_mesh():
+  for sizes in ({}, {"data": 2, "fsdp": 4}, {"tensor": 8}, {"fsdp": 2}):
+    mine = sharding.local_rows(_mesh(**sizes), 16)
+    np.testing.assert_array_equal(mine, np.arange(16))
+  with pytest.raises(ValueError, match="12 rows do not divide over 8 devices"):
+    sharding.local_rows(_mesh(data=2, fsdp=4), 12)
+
+
 # --- rules --------------------------------------------------------------------
 
 

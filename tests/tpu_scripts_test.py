@@ -470,6 +470,7 @@ def _runs_in_readme():
 def test_the_page_names_binaries_and_fields_that_there_are():
   runs = list(_runs_in_readme())
   assert {binary for binary, _ in runs} >= {
+      "experiments.plan",
       "experiments.ppo",
       "experiments.rlhf",
   }

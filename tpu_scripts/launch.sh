@@ -165,6 +165,8 @@ until is_done; do
 done
 say "$RUN_NAME is done: tpu_scripts/fetch.sh brings it here"
 if $delete; then
+  # The mark comes a moment before the workers' logs are in the bucket.
+  sleep "$POLL_SECONDS"
   sub delete.sh
 else
   say "the chips are still there, and cost: tpu_scripts/delete.sh"

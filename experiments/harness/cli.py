@@ -105,9 +105,8 @@ def launch(config_class: type, run: Callable[[Any, str], Any]) -> None:
     if len(argv) > 1:
       raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
     quiet_third_parties()
-    with told_errors():
-      given = _hosts()
-    with hosts.joined(given), told_errors(), told_stop():
+    # The outer one is for what hinders the processes from coming together.
+    with told_errors(), hosts.joined(_hosts()), told_errors(), told_stop():
       stopping.listen()
       run(
           config_lib.from_config(config_class, config_file.value), workdir.value

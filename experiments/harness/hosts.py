@@ -78,9 +78,12 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
       watch.fail(str(error or end), certain=certain)
   except BaseException as error:  # pylint: disable=broad-except
     traceback.print_exc()
-    watch.fail(f"{type(error).__name__}: {error}", certain=False)
-  watch.finish()
-  jax.distributed.shutdown()
+    # Of what a missing peer leads to there are many kinds.
+    certain = isinstance(error, KeyboardInterrupt)
+    watch.fail(f"{type(error).__name__}: {error}", certain=certain)
+  watch.expect_the_end()
+  jax.distributed.shutdown()  # Waits for all: they are watched on.
+  watch.join(1.0)
 
 
 def _initialize(hosts: Hosts) -> None:
@@ -124,6 +127,7 @@ class _Watch(threading.Thread):
     self._coordinator = distributed.global_state.coordinator_address
     self._id, self._num = jax.process_index(), jax.process_count()
     self._ending = False
+    self._told = False  # what is wrong is on the screen already
     self._ended = threading.Lock()  # whoever has it says the last words
     # process -> (what it last said, when that was heard)
     self._heard = {
@@ -134,7 +138,7 @@ class _Watch(threading.Thread):
   def run(self) -> None:
     me = f"{socket.gethostname()}, pid {os.getpid()}"
     count = 0
-    while not self._ending:
+    while True:
       try:
         count += 1
         self._set(f"{_ALIVE}/{self._id}", f"{count} {me}")
@@ -159,10 +163,11 @@ class _Watch(threading.Thread):
           f"{_FAILED}/{self._id}",
           json.dumps({"reason": reason, "certain": certain}),
       )
+      self._told = certain
       self.join(2 * self._limit)
     self._end(f"process {self._id} of {self._num} failed: {reason}")
 
-  def finish(self) -> None:
+  def expect_the_end(self) -> None:
     """From here on a coordinator that is not there has ended well."""
     self._ending = True
 
@@ -216,7 +221,8 @@ class _Watch(threading.Thread):
       time.sleep(60)  # until the other thread has ended us
     sys.stdout.flush()
     sys.stderr.flush()
-    os.write(2, f"\nerror: {message}. {_GO_ON}\n".encode())
+    if not self._told:
+      os.write(2, f"\nerror: {message}. {_GO_ON}\n".encode())
     if self._id == 0:
       time.sleep(2 * self._interval)  # while others hear it: it keeps the store
     os._exit(1)

@@ -72,7 +72,7 @@ class LanguageModelConfig:
     )
     devices.check_length(self.seq_len, self.mesh, "seq_len")
     check_parallelism(
-        self.parallelism, self.mesh.sizes(jax.device_count())
+        self.parallelism, self.mesh.sizes(devices.num_devices())
     )
     checks.check_ranges(self, "", {"seed": "seed", "seq_len": ">= 2"})
     checks.check_ranges(self.sft, "sft", {"z_loss_coef": ">= 0"})

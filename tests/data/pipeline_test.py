@@ -79,3 +79,17 @@ def test_sizes_that_do_not_fit_are_named():
         index=np.zeros(3),
     )
     make_dataset(bad, batch_size=2, seed=0)
+
+
+@pytest.mark.parametrize("num_parts", [2, 4])
+def test_parts_of_batches_make_the_batches_and_have_one_state(num_parts):
+  whole = iter(make_dataset(rows(20), batch_size=8, seed=1))
+  parts = [
+      iter(make_dataset(rows(20), batch_size=8, seed=1, local_rows=mine))
+      for mine in np.split(np.arange(8), num_parts)
+  ]
+  for _ in range(5):
+    found = [next(part).index for part in parts]
+    np.testing.assert_array_equal(np.concatenate(found), next(whole).index)
+    states = [part.get_state() for part in parts]
+    assert all(state == whole.get_state() for state in states)

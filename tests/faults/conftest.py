@@ -2,7 +2,10 @@
 
 import pytest
 
-from tests.experiments.conftest import finished_run  # noqa: F401
+from tests.experiments.conftest import (  # noqa: F401
+    as_users_run_it,
+    finished_run,
+)
 from tests.faults import programs
 
 

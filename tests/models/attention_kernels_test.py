@@ -120,7 +120,8 @@ def test_splash_runs_on_each_devices_own_rows():
   assert actual.sharding.spec[0] == sharding.ROWS
 
 
-def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
+@pytest.mark.parametrize("parallelism", ["jit", "pmap"])
+def test_splash_compiles_for_tpus_that_are_not_there(parallelism, monkeypatch):
   pytest.importorskip("libtpu", reason="libtpu compiles for TPUs")
   monkeypatch.setenv("TPU_SKIP_MDS_QUERY", "1")
   devices = topologies.get_topology_desc("v5e:2x2", platform="tpu").devices
@@ -142,10 +143,11 @@ def test_splash_compiles_for_tpus_that_are_not_there(monkeypatch):
         softcap=0.5,
     ).sum()
 
-  arrays = [shape((8, h, N, 64), jnp.float32) for h in (H, 2, 2)]
-  lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(
-      *arrays, shape((8, N), jnp.int32)
-  )
+  gradients, batch = jax.grad(loss, (0, 1, 2)), (8,)
+  if parallelism == "pmap":
+    gradients, batch = jax.pmap(gradients, devices=devices), (4, 2)
+  arrays = [shape((*batch, h, N, 64), jnp.float32) for h in (H, 2, 2)]
+  lowered = jax.jit(gradients).lower(*arrays, shape((*batch, N), jnp.int32))
   # What is compiled for absent devices cannot be read back from the cache.
   name = "jax_persistent_cache_min_compile_time_secs"
   before = jax.config.jax_persistent_cache_min_compile_time_secs

@@ -4,9 +4,11 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
+import sys
 import time
 
 import numpy as np
@@ -25,7 +27,7 @@ def settings(finished_run, tmp_path_factory):
     config = tiny.stage(binary, finished_run)
     stage = config.train if binary == "sft" else config
     stage.mesh.fsdp, stage.mesh.data = 2, 2
-    stage.loop.update(tiny.loop(**loop))
+    stage.loop.update(tiny.loop(**loop) | dict(best_metric=""))
     return tiny.write_config(tmp_path_factory.mktemp(binary) / "c.py", config)
 
   return make
@@ -64,7 +66,7 @@ class Run:
   def log(self, i) -> str:
     return self.logs[i].read_text()
 
-  def wait(self, seconds=240) -> list[int]:
+  def wait(self, seconds=600) -> list[int]:
     """The exit codes."""
     end = time.monotonic() + seconds
     try:
@@ -79,7 +81,7 @@ class Run:
 
   def wait_for_step(self, step) -> None:
     path = self.workdir / "metrics.jsonl"
-    end = time.monotonic() + 240
+    end = time.monotonic() + 600
     while time.monotonic() < end:
       lines = path.read_text().split("\n")[:-1] if path.exists() else []
       if lines and json.loads(lines[-1])["step"] >= step:
@@ -139,6 +141,105 @@ def test_processes_change_nothing(binary, settings, finished_run, tmp_path):
 
 def _names(folder: pathlib.Path) -> list[str]:
   return sorted(path.name for path in folder.iterdir())
+
+
+_PIECES = """
+import sys
+import jax, jax.numpy as jnp, numpy as np
+from experiments.harness import hosts, stage
+from experiments.harness.fingerprint import fingerprint
+from rlhf_jax import sharding
+from rlhf_jax.rewards import episodes
+from rlhf_jax.sharding import MeshConfig
+from rlhf_jax.types import Rollout
+
+class Tokenizer:  # a token is a number
+  def decode_batch(self, tokens, mask, **how):
+    return [" ".join(map(str, row)) for row in tokens.tolist()]
+
+address, num, index = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
+with hosts.joined(hosts.Hosts(
+    coordinator_address=address, num_processes=num, process_id=index,
+    heartbeat_timeout_seconds=60)):
+  n = jax.device_count()
+  whole = np.arange(12 * n * 3, dtype=np.float32).reshape(12 * n, 3)
+  for sizes in (dict(data=-1), dict(fsdp=-1, tensor=2), dict(tensor=-1)):
+    mesh = sharding.make_mesh(MeshConfig(**sizes))
+    mine = sharding.local_rows(mesh, 12 * n)
+    assert len(mine) == 12 * n // (1 if "data" not in sizes and
+                                   "fsdp" not in sizes else num), sizes
+    x = sharding.shard_rows({"x": whole[mine]}, mesh)["x"]
+    assert x.shape == whole.shape and not x.is_fully_addressable
+    assert (sharding.to_host(x) == whole).all()
+    assert float(jax.jit(jnp.sum)(x)) == whole.sum()
+    assert fingerprint(x) == fingerprint(whole)
+    key = sharding.replicate(jax.random.key(3), mesh)
+    assert jax.random.uniform(key) == jax.random.uniform(jax.random.key(3))
+  mesh = sharding.make_mesh(MeshConfig(data=-1))
+  ids = np.arange(12 * n * 2, dtype=np.int32).reshape(12 * n, 2)
+  rollout = sharding.shard_rows(jax.tree.map(
+      lambda x: x[sharding.local_rows(mesh, 12 * n)],
+      Rollout(prompts=ids, prompt_mask=ids, completions=ids + 1,
+              completion_mask=ids, logprobs=ids.astype(np.float32),
+              ended=ids[:, 0] > 0)), mesh)
+  calls = []
+  def rule(prompt, completion):
+    calls.append(prompt)
+    return float(prompt.split()[0]) + float(completion.split()[1])
+  score = episodes.make_rule_reward(rule)(
+      episodes.Episodes(rollout, Tokenizer()))
+  assert (score == ids[:, 0] + ids[:, 1] + 1).all(), score
+  assert len(calls) == 12 * n // num
+  # A number of rows that does not divide: the first are scored twice.
+  odd = jax.tree.map(lambda x: np.asarray(x)[:7], sharding.to_host(rollout))
+  score = episodes.make_rule_reward(rule)(episodes.Episodes(odd, Tokenizer()))
+  assert (score == (ids[:, 0] + ids[:, 1] + 1)[:7]).all(), score
+  stage.barrier("done")
+print("well")
+"""
+
+
+@pytest.mark.parametrize("num", [2, 3])
+def test_rows_scores_and_hashes_are_of_all_processes(num):
+  address = f"localhost:{_free_port()}"
+  env = tiny.environment() | {
+      "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
+  }
+  processes = [
+      subprocess.Popen(
+          [sys.executable, "-c", _PIECES, address, str(num), str(i)],
+          cwd=tiny.REPO,
+          env=env,
+          stdout=subprocess.PIPE,
+          stderr=subprocess.STDOUT,
+          text=True,
+      )
+      for i in range(num)
+  ]
+  logs = [process.communicate(timeout=300)[0] for process in processes]
+  for process, log in zip(processes, logs):
+    assert process.returncode == 0 and "well" in log, log
+
+
+def test_processes_write_one_report(finished_run, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(finished_run, run)
+  shutil.rmtree(run / "evaluate")
+  for name in ("finished.json", "report.html"):
+    (run / name).unlink()
+  settings = tiny.pipeline()
+  for stage in (settings.pretrain.train, settings.sft.train):
+    stage.mesh.data = -1
+  for stage in (settings.reward, settings.ppo):
+    stage.mesh.data = -1
+  path = tiny.write_config(tmp_path / "config.py", settings)
+  finish("rlhf", path, run, 2)
+  assert (run / "report.html").stat().st_size > 0
+  for name in ("evaluate", "."):
+    assert (run / name / "finished.json").exists()
+  rows = tiny.read_jsonl(run / "evaluate" / "completions.jsonl")
+  wanted = tiny.read_jsonl(finished_run / "evaluate" / "completions.jsonl")
+  assert [x["completion"] for x in rows] == [x["completion"] for x in wanted]
 
 
 # ---- One of them is gone -----------------------------------------------------
@@ -214,7 +315,7 @@ def test_a_run_of_several_is_refused_where_another_is(settings, tmp_path):
       " time.sleep(600)"
   )
   holder = subprocess.Popen(
-      [tiny.command("", "", "")[0], "-c", code, str(tmp_path / "run")],
+      [sys.executable, "-c", code, str(tmp_path / "run")],
       cwd=tiny.REPO,
       stdout=subprocess.PIPE,
       text=True,
@@ -227,6 +328,7 @@ def test_a_run_of_several_is_refused_where_another_is(settings, tmp_path):
     os.kill(holder.pid, signal.SIGKILL)
     holder.communicate()
   assert codes == [1, 1], run.log(0) + run.log(1)
+  assert run.log(0).count("error: ") == 1
   for i in range(2):
     assert f"is in use by process {holder.pid}" in run.log(i)
 

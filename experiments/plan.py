@@ -106,7 +106,8 @@ def write_plan(raw_config, name: str, options: Options) -> bool:
       config = config_lib.from_config(ppo.Config, raw_config)
     cache_dir = pathlib.Path(options.cache_dir)
     folder = pathlib.Path(options.workdir)
-    place = folder / f"{name}_{target.name.replace(':', '-')}"
+    there = target.name.replace(":", "-").replace(" ", "")
+    place = folder / f"{name}_{there}"
     if options.sweep_meshes:
       found = plan_sweep.sweep(
           config, target, cache_dir, options.sweep_limit

@@ -200,17 +200,16 @@ def run(
     start = time.monotonic()
     STAGES[name](in_run(stage_config, workdir), str(out.dir / name))
     logging.info("rlhf: %s took %.1f s", name, time.monotonic() - start)
-  if not stage.is_first():
-    return
   # Only now: matplotlib takes a second that a wrong config need not wait for.
   from rlhf_jax.evaluation import report  # pylint: disable=g-import-not-at-top
 
-  path = report.write_report(out.dir)
+  if stage.is_first():
+    path = report.write_report(out.dir)
+    print(report.summary_text(out.dir))
+    print(f"\nreport: {path}")
   if not out.finished:
     # Whoever started the run from afar looks here, and for nothing else.
     out.finish({"stages": [x for x in names if getattr(config, x) is not None]})
-  print(report.summary_text(out.dir))
-  print(f"\nreport: {path}")
 
 
 def _link_finished(

@@ -128,8 +128,14 @@ def make_meshes(
   """The meshes of 'policy', 'ref_policy' and 'reward_model'.
 
   Raises:
-    ValueError: there are not so many devices.
+    ValueError: there are not so many devices, or they are of several processes,
+      of which each must have a part in all that runs.
   """
+  if placement.num_devices and jax.process_count() > 1:
+    raise ValueError(
+        "placement: models have devices of their own where one process has "
+        f"all devices, and there are {jax.process_count()}; set devices=0"
+    )
   rest = jax.devices()
   own = {
       "ref_policy": placement.ref_policy,

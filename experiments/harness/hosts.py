@@ -78,9 +78,12 @@ def joined(hosts: Hosts | None) -> Iterator[None]:
       watch.fail(str(error or end), certain=certain)
   except BaseException as error:  # pylint: disable=broad-except
     traceback.print_exc()
-    watch.fail(f"{type(error).__name__}: {error}", certain=False)
-  watch.finish()
-  jax.distributed.shutdown()
+    # Of what a missing peer leads to there are many kinds.
+    certain = isinstance(error, KeyboardInterrupt)
+    watch.fail(f"{type(error).__name__}: {error}", certain=certain)
+  watch.expect_the_end()
+  jax.distributed.shutdown()  # Waits for all: they are watched on.
+  watch.join(1.0)
 
 
 def _initialize(hosts: Hosts) -> None:
@@ -135,7 +138,7 @@ class _Watch(threading.Thread):
   def run(self) -> None:
     me = f"{socket.gethostname()}, pid {os.getpid()}"
     count = 0
-    while not self._ending:
+    while True:
       try:
         count += 1
         self._set(f"{_ALIVE}/{self._id}", f"{count} {me}")
@@ -164,7 +167,7 @@ class _Watch(threading.Thread):
       self.join(2 * self._limit)
     self._end(f"process {self._id} of {self._num} failed: {reason}")
 
-  def finish(self) -> None:
+  def expect_the_end(self) -> None:
     """From here on a coordinator that is not there has ended well."""
     self._ending = True
 

@@ -32,7 +32,7 @@ _NOT_FINITE = ("NaN", "Infinity", "-Infinity")
 
 
 class MetricsFileError(ValueError):
-  """A file of metrics holds something else; names file and line."""
+  """A file of metrics holds something else, or cannot be written to."""
 
 
 class MetricWriter:
@@ -128,11 +128,16 @@ class MetricWriter:
       return
     if name not in self._files:
       path = self._workdir / name
-      self._files[name] = path.open("a", encoding="utf-8")
+      self._files[name] = path.open("ab", buffering=0)
     row = {"step": int(step), **{key: values[key] for key in sorted(values)}}
+    line = (json.dumps(_encode(row), allow_nan=False) + "\n").encode()
     # One write call a line, so that a kill can only cut the last one.
-    self._files[name].write(json.dumps(_encode(row), allow_nan=False) + "\n")
-    self._files[name].flush()
+    try:
+      whole = self._files[name].write(line) == len(line)
+    except OSError as e:
+      raise _write_error(self._workdir / name, e.strerror) from e
+    if not whole:
+      raise _write_error(self._workdir / name, "only a part of a line fitted")
     self.num_lines[name] += 1
 
   def _mirror(self, step: int, values: Mapping[str, float]) -> None:
@@ -192,6 +197,13 @@ def _read_lines(path: pathlib.Path) -> list[tuple[bytes, dict[str, Any]]]:
       ) from e
     found.append((line, row))
   return found
+
+
+def _write_error(path: pathlib.Path, reason: str) -> MetricsFileError:
+  return MetricsFileError(
+      f"cannot write {path}: {reason}; see that the disk has space. The same "
+      "command goes on from the last checkpoint"
+  )
 
 
 def _truncate(path: pathlib.Path, step: int) -> int:

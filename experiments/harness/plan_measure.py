@@ -3,11 +3,12 @@
 Params are zeros: no weights are needed, and none of the programs takes another
 path for what is in them, but that completions differ in length.
 
-    CPU    how far the process's resident memory rises while a program runs
-           above what it was before there were models: the kernel's own count
-           (VmHWM, reset before each program), of all simulated devices
-           together. What the C library keeps for later is given back first.
-           Scratch of matrix libraries, which no compiler lays out, is in it.
+    CPU    by how much the process's resident memory grew when the models came,
+           and rises while a program runs: the kernel's own counts (VmRSS, and
+           VmHWM reset before each program), of all simulated devices together.
+           What the C library keeps for later is given back before each.
+           Scratch of matrix libraries, which no compiler lays out, is in it;
+           memory that compiling took is not.
     GPU    the allocator's peak_bytes_in_use, of one device, over the iteration
            as far as it has come: programs after the largest do not show
 
@@ -53,8 +54,10 @@ def measure(config: Any, mesh: jax.sharding.Mesh, plan: Plan) -> list[Measured]:
   """
   counter = _counter(mesh)
   iteration = plan_programs.make_iteration(config, mesh)
+  _zeros(iteration.residents)  # compiled now, and not where it counts
   counter.start()
   residents = _zeros(iteration.residents)
+  counter.placed()
   found = []
   for counts in (False, True):
     outputs = {}
@@ -124,17 +127,21 @@ class _Process:
     # themselves before the C library has learnt that they come again.
     ctypes.CDLL(None).mallopt(_MMAP_THRESHOLD, 2**17)
     self._num_devices = num_devices
-    self._start = 0
+    self._start = self._models = self._before = 0
 
   def start(self) -> None:
     self._start = _settle()
 
+  def placed(self) -> None:
+    self._models = _settle() - self._start
+
   def before(self) -> None:
-    _settle()
+    self._before = _settle()
     pathlib.Path("/proc/self/clear_refs").write_text("5")
 
   def peak(self) -> float:
-    return (_read("VmHWM") - self._start) / self._num_devices
+    rise = _read("VmHWM") - self._before
+    return (self._models + rise) / self._num_devices
 
 
 class _Allocator:
@@ -145,6 +152,9 @@ class _Allocator:
 
   def start(self) -> None:
     """Nothing: it counts arrays alone, and there are none."""
+
+  def placed(self) -> None:
+    """Nothing: they are in every peak."""
 
   def before(self) -> None:
     """Nothing: it cannot be reset."""
@@ -180,7 +190,4 @@ def _zero(x: Any) -> Any:
     return jax.device_put(jax.random.key(0), x.sharding)
   # Masks are of ones: an empty one would be all padding.
   fill = 1 if x.dtype == jnp.int32 else 0
-  make = jax.jit(
-      lambda: jnp.full(x.shape, fill, x.dtype), out_shardings=x.sharding
-  )
-  return make()
+  return jnp.full(x.shape, fill, x.dtype, device=x.sharding)

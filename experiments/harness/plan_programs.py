@@ -17,6 +17,7 @@ from experiments.harness import (
     ppo_programs,
     value_network,
 )
+from experiments.harness.config import ConfigError
 from rlhf_jax import optim, sharding
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models.transformer import TransformerConfig
@@ -76,9 +77,15 @@ def make_iteration(config: Any, mesh: jax.sharding.Mesh) -> Iteration:
   """The programs of `experiments.ppo`'s Config on a mesh.
 
   Raises:
+    ConfigError: reference policy or reward model have devices of their own.
     ConfigError, FileNotFoundError, FamilyError: see `model_shapes.load_config`.
     ValueError: a parameter does not divide over the mesh.
   """
+  if config.placement.num_devices:
+    raise ConfigError(
+        "a plan is of models that share their devices: set "
+        "placement.ref_policy.devices and placement.reward_model.devices to 0"
+    )
   load = lambda place: model_shapes.load_config(place, config.compute)
   policy_config = load(config.init_from)
   ref_config = load(config.ref_policy) if config.ref_policy else policy_config
@@ -203,6 +210,10 @@ def _programs(config, mesh, programs, residents, work, reward_config):
   rollout = _rows(
       jax.eval_shape(programs.rollout, *rollout_args.values()), mesh
   )
+  if config.overlap:
+    # The rollout that is trained on while the next is sampled.
+    state = dataclasses.replace(state, pending=rollout)
+    residents["state"] = rollout_args["state"] = state
   score = jax.ShapeDtypeStruct((rows,), jnp.float32)
   score_args = {
       "params": frozen | state.train.params,
@@ -211,6 +222,7 @@ def _programs(config, mesh, programs, residents, work, reward_config):
       "score": _rows(score, mesh),
       "kl_coef": state.kl_coef,
       "cfg": config.ppo,
+      "ref_hidden": None,
   }
   scored = _rows(
       jax.eval_shape(programs.score, *score_args.values())[0], mesh

@@ -36,6 +36,7 @@ MEMORY_FIELDS = (
     "mesh",
     "num_microbatches",
     "parallelism",
+    "placement",
     "remat",
     "scan_unroll",
     "sharding",

@@ -90,17 +90,17 @@ class _Reader:
     self._unknown_trip_count = unknown_trip_count
     self._known: dict[str, dict] = {}
 
-  def sent(self, name: str) -> dict[tuple, tuple[Collective, float]]:
+  def sent(self, name: str) -> dict[str, tuple[Collective, float]]:
     """Of a computation: key -> (an operation, how often it runs).
 
-    A compiler may spread one operation over several fusions, to compute
-    meanwhile; all of its parts have its channel, which is the key.
+    A compiler may spread one operation over several fusions, also into loops
+    that run meanwhile. All of its parts have its channel, which is the key, and
+    it runs as often as the part that runs least.
     """
     if name not in self._known:
       found = {}
       for x in self._module.computations[name]:
-        for key, value in self._of_instruction(name, x).items():
-          found.setdefault(key, value)
+        _merge(found, self._of_instruction(name, x))
       self._known[name] = found
     return self._known[name]
 
@@ -108,7 +108,8 @@ class _Reader:
     kind = x.opcode.removesuffix("-start")
     if kind in _KINDS:
       channel = x.attribute("channel_id")
-      return {(channel or f"{where}/{x.name}",): (self._collective(kind, x), 1)}
+      key = f"channel {channel}" if channel else f"{where}/{x.name}"
+      return {key: (self._collective(kind, x), 1)}
     if x.opcode == "while":
       times = hlo.trip_count(
           self._module, self._module.computations[where], x
@@ -117,16 +118,14 @@ class _Reader:
         times = self._unknown_trip_count
       body = self.sent(x.attribute("body"))
       return {
-          (x.name, *key): (collective, times * inner)
+          key: (collective, times * inner)
           for key, (collective, inner) in body.items()
       }
     if x.opcode == "conditional":
-      found = [self.sent(name) for name in hlo.branches(x)]
-      most = max(found, key=_num_bytes)
-      return {(x.name, *key): value for key, value in most.items()}
+      return max(map(self.sent, hlo.branches(x)), key=_num_bytes)
     found = {}
     for name in hlo.callees(x):
-      found.update(self.sent(name))
+      _merge(found, self.sent(name))
     return found
 
   def _collective(self, kind: str, x: Instruction) -> Collective:
@@ -154,7 +153,13 @@ class _Reader:
     return tuple(np.array(list(self._mesh_shape))[differ].tolist())
 
 
-def _num_bytes(sent: dict[tuple, tuple[Collective, float]]) -> float:
+def _merge(found: dict, more: dict) -> None:
+  for key, value in more.items():
+    if key not in found or value[1] < found[key][1]:
+      found[key] = value
+
+
+def _num_bytes(sent: dict[str, tuple[Collective, float]]) -> float:
   return sum(x.num_bytes * times for x, times in sent.values())
 
 

@@ -112,7 +112,7 @@ def test_a_plan_of_the_real_programs(tmp_path, target, cache_dir, monkeypatch):
   )
   for part in (
       "Does not fit.", "GiB too much", "num_microbatches=2",
-      "compute.remat=True", "lora.rank", "more chips", "state/",
+      "compute.remat=True", "lora.rank", "more chips", "- ref_params/",
   ):
     assert part in text, part
 
@@ -199,17 +199,19 @@ def run_binary(*args: str, num_devices: int = 1) -> subprocess.CompletedProcess:
 
 
 def test_predicted_bytes_are_those_that_are_measured(tmp_path):
+  # Short rows and few tokens: for attention's scores and for logits the matrix
+  # library of CPUs takes scratch of their size, which no compiler lays out.
   place = write_shape(
-      tmp_path / "model", hidden_size=256, intermediate_size=704,
-      num_key_value_heads=4, vocab_size=2048,
+      tmp_path / "model", hidden_size=256, intermediate_size=1024,
+      num_key_value_heads=4,
   )
   done = run_binary(
       "--config=configs/ppo.py:smoke",
       f"--config.init_from={place}",
       f"--config.reward_model={place}",
-      "--config.rollout_batch_size=32",
-      "--config.samples.max_prompt_length=192",
-      "--config.samples.max_completion_length=64",
+      "--config.rollout_batch_size=512",
+      "--config.samples.max_prompt_length=24",
+      "--config.samples.max_completion_length=16",
       "--config.ppo.num_epochs=1",
       "--config.ppo.num_minibatches=1",
       "--config.compute.remat=True",

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -218,6 +219,27 @@ def test_rows_scores_and_hashes_are_of_all_processes(num):
   logs = [process.communicate(timeout=300)[0] for process in processes]
   for process, log in zip(processes, logs):
     assert process.returncode == 0 and "well" in log, log
+
+
+def test_processes_write_one_report(finished_run, tmp_path):
+  run = tmp_path / "run"
+  shutil.copytree(finished_run, run)
+  shutil.rmtree(run / "evaluate")
+  for name in ("finished.json", "report.html"):
+    (run / name).unlink()
+  settings = tiny.pipeline()
+  for stage in (settings.pretrain.train, settings.sft.train):
+    stage.mesh.data = -1
+  for stage in (settings.reward, settings.ppo):
+    stage.mesh.data = -1
+  path = tiny.write_config(tmp_path / "config.py", settings)
+  finish("rlhf", path, run, 2)
+  assert (run / "report.html").stat().st_size > 0
+  for name in ("evaluate", "."):
+    assert (run / name / "finished.json").exists()
+  rows = tiny.read_jsonl(run / "evaluate" / "completions.jsonl")
+  wanted = tiny.read_jsonl(finished_run / "evaluate" / "completions.jsonl")
+  assert [x["completion"] for x in rows] == [x["completion"] for x in wanted]
 
 
 # ---- One of them is gone -----------------------------------------------------

@@ -209,3 +209,32 @@ def test_wandb_gets_the_metrics_and_the_same_run_on_resume(
       writer.write(step, {"x": 1.0})
   assert calls[0] == calls[3]
   assert calls[1:3] == [(0, {"x": 1.0}), "finish"]
+
+
+def test_a_full_disk_is_told_with_the_file(tmp_path):
+  (tmp_path / "metrics.jsonl").symlink_to("/dev/full")
+  with metric_writer.MetricWriter(
+      tmp_path, tensorboard=False, wandb=False
+  ) as writer:
+    with pytest.raises(
+        metric_writer.MetricsFileError,
+        match=f"cannot write {tmp_path}/metrics.jsonl: No space left on device",
+    ):
+      writer.write(1, {"x": 1.0})
+
+
+def test_lines_that_were_lost_are_counted(tmp_path):
+  make = lambda: metric_writer.MetricWriter(
+      tmp_path, tensorboard=False, wandb=False
+  )
+  with make() as writer:
+    for step in range(4):
+      writer.write(step, {"x": 1.0})
+    assert writer.num_lines["metrics.jsonl"] == 4
+  path = tmp_path / "metrics.jsonl"
+  path.write_bytes(path.read_bytes()[:-5])
+  with make() as writer:
+    writer.truncate_after(3)
+    assert writer.num_lines["metrics.jsonl"] == 3
+    writer.write(4, {"x": 1.0})
+    assert writer.num_lines["metrics.jsonl"] == 4

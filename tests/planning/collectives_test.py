@@ -242,8 +242,24 @@ def test_each_kind_sends_its_share(line, want):
   assert found.num_bytes == want
 
 
-def test_an_operation_that_is_spread_over_fusions_is_one():
+def test_an_operation_that_is_spread_over_fusions_and_loops_is_one():
   text = """HloModule m
+%condition (c: (s32[], f32[8])) -> pred[] {
+  %c = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %n = s32[] constant(5)
+  ROOT %less = pred[] compare(%i, %n), direction=LT
+}
+
+%body (c: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %c = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%c), index=0
+  %x = f32[8] get-tuple-element(%c), index=1
+  %f0 = f32[16]{0} fusion(%x), kind=kCustom, calls=%one
+  %own = f32[16]{0} all-gather(%x), channel_id=8, replica_groups=[4,2]<=[8]
+  ROOT %t = (s32[], f32[8]) tuple(%i, %x)
+}
+
 %one (p0: f32[8]) -> f32[16] {
   %p0 = f32[8]{0} parameter(0)
   ROOT %g1 = f32[16]{0} all-gather(%p0), GROUPS
@@ -258,6 +274,9 @@ def test_an_operation_that_is_spread_over_fusions_is_one():
 
 ENTRY %main (p: f32[8]) -> f32[16] {
   %p = f32[8]{0} parameter(0)
+  %zero = s32[] constant(0)
+  %start = (s32[], f32[8]) tuple(%zero, %p)
+  %loop = (s32[], f32[8]) while(%start), condition=%condition, body=%body
   %f1 = f32[16]{0} fusion(%p), kind=kCustom, calls=%one
   ROOT %f2 = f32[16]{0} fusion(%p), kind=kCustom, calls=%two
 }
@@ -266,7 +285,8 @@ ENTRY %main (p: f32[8]) -> f32[16] {
       "GROUPS", "channel_id=7, replica_groups=[4,2]<=[8], dimensions={0}"
   )
   [found] = collectives.collectives(text, SHAPE)
-  assert (found.num_bytes, found.count) == (32, 1)
+  # Once, and five times the loop's own.
+  assert (found.num_bytes, found.count) == (32 + 5 * 32, 6)
 
 
 def test_groups_that_cannot_be_read_are_an_error():

@@ -24,7 +24,7 @@ from configs import common, scale
 def get_config(arg: str = common.FULL) -> ConfigDict:
   """full, or smoke: in seconds; hacking: no KL penalty and long.
 
-  pythia_1b, pythia_6.9b, pythia_6.9b_shared, llama3_8b, llama3_70b: large
+  pythia_1b, pythia_6.9b, pythia_6.9b_lora, llama3_8b, llama3_70b: large
   models on slices of TPUs, see configs/scale.py.
   """
   common.check_arg(arg, common.FULL, common.SMOKE, "hacking", *scale.NAMES)

@@ -29,7 +29,7 @@ ARGS = {
     "reward": ("full", "smoke", "ranking", "hh"),
     "ppo": (
         "full", "smoke", "hacking", "pythia_1b", "pythia_6.9b",
-        "pythia_6.9b_shared", "llama3_8b", "llama3_70b",
+        "pythia_6.9b_lora", "llama3_8b", "llama3_70b",
     ),
     "evaluate": ("full", "smoke"),
     "rlhf": ("full", "smoke", "hacking", "lora", "stories"),

@@ -7,8 +7,10 @@ import sys
 from tests.experiments import tiny
 
 NUM_ITERATIONS = 2000
-# Of what is noise: allocators keep what they once had.
+# Of what is noise: allocators keep what they once had, and pools of threads
+# fill up as their work happens to coincide.
 SLACK_MIB = 16
+SLACK_THREADS = 4
 
 
 def test_two_thousand_iterations_take_no_more_and_more(
@@ -39,6 +41,7 @@ def test_two_thousand_iterations_take_no_more_and_more(
   # By the second everything has been done once: evaluated, logged, saved.
   early, *later = rows[2:-1]
   for row in later:
-    for name in ("compiled", "open_files", "threads", "live_arrays"):
+    for name in ("compiled", "open_files", "live_arrays"):
       assert row[name] <= early[name], (name, rows)
+    assert row["threads"] <= early["threads"] + SLACK_THREADS, rows
     assert row["resident_mib"] < early["resident_mib"] + SLACK_MIB, rows

@@ -91,11 +91,10 @@ def launch() -> None:
 
 def _name() -> str:
   """'ppo_llama3_8b': the config file and its mini-argument."""
-  for arg in sys.argv:
-    if arg.lstrip("-").startswith("config="):
-      path, *rest = arg.partition("=")[2].split(":", 1)
-      return "_".join([pathlib.Path(path).stem, *rest])
-  return "ppo"
+  # absl takes --config=X and --config X.
+  place = config_flags.get_config_filename(flags.FLAGS["config"])
+  path, *rest = place.split(":", 1)
+  return "_".join([pathlib.Path(path).stem, *rest])
 
 
 def write_plan(raw_config, name: str, options: Options) -> bool:

@@ -117,6 +117,8 @@ def run(config: Config, workdir: str) -> None:
   # arrays are still needed.
   rules = ppo_programs.state_rules(config.sharding)
   params = sharding.place(params, rules, mesh, copy=True)
+  # What nobody else reads of the policy as it was is let go.
+  policy = dataclasses.replace(policy, params=None)
   state = sharding.place(
       ppo.create_ppo_state(params, tx, rng_state, config.ppo), rules, mesh
   )

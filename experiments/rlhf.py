@@ -207,9 +207,12 @@ def run(
     path = report.write_report(out.dir)
     print(report.summary_text(out.dir))
     print(f"\nreport: {path}")
-  if not out.finished:
+  stages = [x for x in STAGES if getattr(config, x) is not None]
+  # --start_at may have passed over some that were never run.
+  is_whole = all((out.dir / x / "finished.json").exists() for x in stages)
+  if is_whole and not out.finished:
     # Whoever started the run from afar looks here, and for nothing else.
-    out.finish({"stages": [x for x in names if getattr(config, x) is not None]})
+    out.finish({"stages": stages})
 
 
 def _link_finished(

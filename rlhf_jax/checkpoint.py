@@ -15,7 +15,7 @@ Paths are those of a local or mounted file system that all processes share;
 process 0 writes `checkpoint.json` and deletes.
 """
 
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 import concurrent.futures
 import json
 import logging
@@ -29,6 +29,7 @@ from typing import Any, Literal
 import flax.traverse_util
 import jax
 from jax.experimental import multihost_utils
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
 from rlhf_jax import array_folder
@@ -434,10 +435,13 @@ def save_model(
 
 def load_model(
     directory: str | os.PathLike,
+    place_param: Callable[[str, tuple[int, ...]], Any] | None = None,
 ) -> tuple[dict[str, Any], PyTree, dict[str, Any]]:
   """(model_config, params, extra) as given to `save_model`.
 
-  Params are uncommitted arrays on the default device.
+  Args:
+    place_param: (path, shape) -> the sharding that a parameter is read onto;
+      None leaves all uncommitted on the default device.
 
   Raises:
     CheckpointError: no model is there, or its files are damaged.
@@ -448,9 +452,13 @@ def load_model(
     array_folder.verify_files(directory, info)
   except array_folder.Damaged as e:
     raise CheckpointError(f"no usable model in {directory}: {e}") from e
-  flat = array_folder.read_arrays(
-      directory, info["leaves"], {name: None for name in info["leaves"]}
-  )
+  wanted = dict.fromkeys(info["leaves"])
+  if place_param is not None:
+    for name, spec in info["leaves"].items():
+      shape, dtype = tuple(spec["shape"]), jnp.dtype(spec["dtype"])
+      at = place_param(name, shape)
+      wanted[name] = jax.ShapeDtypeStruct(shape, dtype, sharding=at)
+  flat = array_folder.read_arrays(directory, info["leaves"], wanted)
   params = flax.traverse_util.unflatten_dict(flat, sep="/")
   return info["config"], params, info["extra"]
 

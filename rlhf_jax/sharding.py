@@ -169,6 +169,11 @@ def rows(mesh: Mesh) -> NamedSharding:
   return NamedSharding(mesh, PartitionSpec(ROWS))
 
 
+def num_row_shards(mesh: Mesh) -> int:
+  """Into how many parts the mesh splits rows."""
+  return math.prod(mesh.shape[axis] for axis in ROWS)
+
+
 def put_rows(tree: Any, mesh: Mesh) -> Any:
   """Rows that every process knows, split over this mesh."""
   return jax.tree.map(lambda x: put(x, rows(mesh)), tree)
@@ -202,13 +207,13 @@ def shard_rows(tree: Any, mesh: Mesh) -> Any:
   Raises:
     ValueError: if the rows do not divide over the devices.
   """
-  num = math.prod(mesh.shape[axis] for axis in ROWS)
+  num = num_row_shards(mesh)
   held = len(local_rows(mesh, num))
   for x in jax.tree.leaves(tree):
     if x.shape[0] % held:
       raise ValueError(f"{x.shape[0]} rows do not divide over {held} devices")
   if held == num:
-    return jax.device_put(tree, rows(mesh))
+    return put_rows(tree, mesh)
   return jax.tree.map(lambda x: _from_parts(x, mesh, num // held), tree)
 
 
@@ -227,7 +232,7 @@ def _from_parts(x: Any, mesh: Mesh, num_parts: int) -> jax.Array:
 
 
 def _check_rows(num_rows: int, mesh: Mesh) -> None:
-  num = math.prod(mesh.shape[axis] for axis in ROWS)
+  num = num_row_shards(mesh)
   if num_rows % num:
     raise ValueError(f"{num_rows} rows do not divide over {num} devices")
 

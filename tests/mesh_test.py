@@ -329,7 +329,7 @@ LARGE = small_config(
 def _largest(lowered) -> int:
   """Elements of the largest array that a device ever has in a program."""
   text = lowered.compile().as_text()
-  shapes = re.findall(r"\b[fsu]\d+\[([\d,]+)\]", text)
+  shapes = re.findall(r"\b(?:bf|[fsu])\d+\[([\d,]+)\]", text)
   return max(math.prod(map(int, x.split(","))) for x in shapes)
 
 

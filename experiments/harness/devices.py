@@ -179,12 +179,17 @@ def check_divides(
     )
 
 
-def check_length(length: int, mesh: MeshConfig, name: str) -> None:
+def check_length(
+    length: int, mesh: MeshConfig, name: str, num_taken: int = 0
+) -> None:
   """Checks that rows of so many tokens split over the mesh's `sequence`.
+
+  Args:
+    num_taken: devices that others have.
 
   Raises:
     ValueError: with the numbers.
   """
-  num = mesh.sizes(num_devices())["sequence"]
+  num = mesh.sizes(num_devices() - num_taken)["sequence"]
   if length % num:
     raise ValueError(f"{name}={length} does not divide over {mesh}")

@@ -356,6 +356,8 @@ class _Loop:
 
   def _save(self, step: int) -> None:
     evaluated_at, numbers = self.evaluated
+    # Mounted buckets keep what is written to themselves until they are told.
+    self.writer.sync()
     self.checkpointer.save(
         step,
         self.task.state,

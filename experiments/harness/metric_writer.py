@@ -97,6 +97,11 @@ class MetricWriter:
         text = "\n\n".join(f"**{name}**: {row[name]}" for name in row)
         writer.add_text(f"samples/{i}", text, step)
 
+  def sync(self) -> None:
+    """All lines so far are on the disk, or in the bucket, when this returns."""
+    for file in self._files.values():
+      os.fsync(file.fileno())
+
   def truncate_after(self, step: int) -> None:
     """Drops all lines of later steps, as if the run had stopped at `step`.
 

@@ -386,7 +386,7 @@ def _load(
         f"{place} holds no finished model ({folder} is not there); "
         + advice(place)
     )
-  config, params, extra = checkpoint.load_model(folder)
+  config, params, extra = checkpoint.load_model(folder, place_param)
   _check_kind(place, extra["kind"], kind)
   config = config_lib.from_config(TransformerConfig, config, str(folder))
   tokenizer = Tokenizer.load(pathlib.Path(place) / "tokenizer")

@@ -84,6 +84,7 @@ class Config:
         self.samples.max_prompt_length + self.samples.max_completion_length,
         self.mesh,
         "samples.max_prompt_length + samples.max_completion_length",
+        taken,
     )
     check_parallelism(
         self.parallelism, self.mesh.sizes(devices.num_devices() - taken)
@@ -93,7 +94,9 @@ class Config:
       devices.check_divides(
           self.ptx_batch_size, parts, self.mesh, "ptx_batch_size", taken
       )
-      devices.check_length(self.ptx_seq_len, self.mesh, "ptx_seq_len")
+      devices.check_length(
+          self.ptx_seq_len, self.mesh, "ptx_seq_len", taken
+      )
     if bool(self.ppo.ptx_coef) != bool(self.ptx_documents.source):
       raise ValueError(
           f"ppo.ptx_coef={self.ppo.ptx_coef} and ptx_documents.source="

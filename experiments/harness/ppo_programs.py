@@ -72,7 +72,7 @@ def make_programs(
   rows = sharding.rows(mesh)
   places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
-      rollout=jax.jit(rollout, out_shardings=rows, static_argnames="ahead"),
+      rollout=jax.jit(rollout, out_shardings=rows),
       score=compile_step(
           ppo.make_score_rollout(model, ref_model),
           parallelism,

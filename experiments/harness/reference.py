@@ -8,6 +8,7 @@ than its logits.
 from typing import Any
 
 import jax
+import numpy as np
 
 from experiments.harness import models
 from rlhf_jax import sharding
@@ -51,6 +52,14 @@ class Reference:
     """[B, C, D] on the policy's mesh, or None: the program can do it itself."""
     if not self._is_apart:
       return None
-    there = sharding.put_rows(rollout, self._meshes["ref_policy"])
-    hidden = self._hidden(self._params, there)
-    return sharding.put_rows(hidden, self._meshes["policy"])
+    num_rows = rollout.ended.shape[0]
+    mine, policys = self._meshes["ref_policy"], self._meshes["policy"]
+    # Of an evaluation there may be any number; some are then done twice.
+    each = sharding.num_row_shards(mine)
+    rows = np.arange(-(-num_rows // each) * each) % num_rows
+    if len(rows) > num_rows:
+      rollout = jax.tree.map(lambda x: x[rows], rollout)
+    hidden = self._hidden(self._params, sharding.put_rows(rollout, mine))
+    if num_rows % sharding.num_row_shards(policys):
+      return sharding.replicate(hidden[:num_rows], policys)
+    return sharding.put_rows(hidden[:num_rows], policys)

@@ -20,6 +20,8 @@ import pathlib
 from typing import Any, BinaryIO
 import zlib
 
+import jax
+
 from rlhf_jax.data import chat, prepared, records
 from rlhf_jax.data.records import Record, RecordError
 
@@ -272,10 +274,11 @@ def _report_skipped(
     skipped_path: str | os.PathLike, max_skipped: float,
 ) -> None:
   path = pathlib.Path(skipped_path)
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with path.open("w", encoding="utf-8") as stream:
-    for item in skipped:
-      stream.write(json.dumps(dataclasses.asdict(item)) + "\n")
+  if jax.process_index() == 0:  # all of a run's processes read the same
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as stream:
+      for item in skipped:
+        stream.write(json.dumps(dataclasses.asdict(item)) + "\n")
   if not skipped:
     return
   total = num_read + len(skipped)

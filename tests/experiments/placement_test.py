@@ -43,10 +43,13 @@ def _assert_close(found, wanted):
 
 
 def test_models_on_devices_of_their_own_change_nothing(finished_run, tmp_path):
-  wanted = _run(finished_run, tmp_path / "one")
+  # A number of held-out prompts that no mesh divides.
+  odd = dict(heldout_prompts__limit=7)
+  wanted = _run(finished_run, tmp_path / "one", **odd)
   found = _run(
       finished_run,
       tmp_path / "apart",
+      **odd,
       mesh__data=2,
       placement__reward_model__devices=2,
       placement__reward_model__fsdp=2,
@@ -199,3 +202,11 @@ def test_what_cannot_be_placed_is_refused(finished_run, changes, message):
   config.update(changes)
   with pytest.raises(ConfigError, match=message):
     from_config(ppo.Config, config)
+
+
+def test_the_rest_of_the_devices_is_what_others_leave(finished_run):
+  config = tiny.stage("ppo", finished_run)
+  config.mesh.update(data=-1, tensor=3)
+  # Eight devices do not divide by 3, the six that are left do.
+  config.placement.reward_model.devices = 2
+  assert from_config(ppo.Config, config).mesh.sizes(6)["data"] == 2

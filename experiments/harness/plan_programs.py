@@ -336,7 +336,7 @@ class _Counted:
     if cfg.ptx_coef:
       rows, length = config.ptx_batch_size // parts, config.ptx_seq_len
       ptx = self._trunk(self._policy, rows, length)
-      ptx.append(flops.head(self._policy, rows * (length - 1)))
+      ptx.append(flops.head(self._policy, rows, length - 1))
       work += flops.training(
           ptx, self._policy, frozen_base=bool(config.lora.rank)
       )
@@ -363,11 +363,7 @@ class _Counted:
     return flops.trunk(cfg, rows, length, length, self._config.lora.rank)
 
   def _head(self, cfg: TransformerConfig, rows: int) -> flops.Matmul:
-    # What goes through it in chunks goes through it again backwards.
-    return dataclasses.replace(
-        flops.head(cfg, rows * self._completion),
-        recomputed=self._completion > cfg.head_chunk_size,
-    )
+    return flops.head(cfg, rows, self._completion)
 
   def _phase(
       self,

@@ -18,6 +18,7 @@ Axes are those of the mesh along which the chips of a group differ: of a mesh of
 
 from collections.abc import Mapping
 import dataclasses
+import logging
 import math
 import re
 
@@ -25,6 +26,8 @@ import numpy as np
 
 from rlhf_jax.planning import hlo
 from rlhf_jax.planning.hlo import HloError, Instruction, Module
+
+_log = logging.getLogger(__name__)
 
 _KINDS = (
     "all-gather", "all-reduce", "reduce-scatter", "all-to-all",
@@ -114,9 +117,15 @@ class _Reader:
       times = hlo.trip_count(
           self._module, self._module.computations[where], x
       )
+      body = self.sent(x.attribute("body"))
       if times is None:
         times = self._unknown_trip_count
-      body = self.sent(x.attribute("body"))
+        if body and times == 1:
+          _log.warning(
+              "%s: nothing bounds this loop: what it sends is counted once, "
+              "and may be sent more often",
+              x.name,
+          )
       return {
           key: (collective, times * inner)
           for key, (collective, inner) in body.items()

@@ -28,6 +28,7 @@ class Matmul:
   weights: elements of weights that they read; 0 between activations.
   activations: elements that they read and write beside.
   recomputed: again under remat: in a layer, and the backward pass asks for it.
+  chunked: again in any case: `losses/chunking.py` runs it twice.
   name: as in the parameters.
   """
 
@@ -36,6 +37,7 @@ class Matmul:
   weights: float
   activations: float
   recomputed: bool
+  chunked: bool = False
 
   def times(self, factor: float) -> "Matmul":
     """So often."""
@@ -144,10 +146,12 @@ def _only_added(cfg: TransformerConfig) -> tuple[str, ...]:
   return names
 
 
-def head(cfg: TransformerConfig, positions: int) -> Matmul:
-  """Hidden states to logits."""
-  matmul = _linear("head", positions, cfg.width, cfg.vocab_size)
-  return dataclasses.replace(matmul, recomputed=False)
+def head(cfg: TransformerConfig, rows: int, num_positions: int = 1) -> Matmul:
+  """Hidden states to logits, of so many positions of each row."""
+  matmul = _linear("head", rows * num_positions, cfg.width, cfg.vocab_size)
+  return dataclasses.replace(
+      matmul, recomputed=False, chunked=num_positions > cfg.head_chunk_size
+  )
 
 
 def scalar_head(cfg: TransformerConfig, positions: int) -> Matmul:
@@ -181,7 +185,8 @@ def training(
         ("lora_a", "lora_b", "scalar_head")
     )
     num_grads = 2 if trained or not x.weights else 1
-    num_forwards = 2 if cfg.remat and x.recomputed else 1
+    again = x.chunked or (cfg.remat and x.recomputed)
+    num_forwards = 2 if again else 1
     work += total([x.times(num_forwards + num_grads)])
   return work
 

@@ -114,3 +114,13 @@ def test_decoding_reads_every_weight_at_every_step():
   norms = (2 * CONFIG.num_layers + 1) * CONFIG.width
   num_weights = sum(x.size for x in jax.tree.leaves(params)) - norms
   assert work.weights == num_weights * (num_tokens - 1)
+
+
+def test_a_head_in_chunks_runs_again_backwards_with_remat_or_without():
+  chunked = dataclasses.replace(CONFIG, head_chunk_size=LENGTH - 1)
+  whole, parts = (
+      flops.training([flops.head(cfg, ROWS, LENGTH)], cfg)
+      for cfg in (CONFIG, chunked)
+  )
+  once = 2 * ROWS * LENGTH * CONFIG.width * CONFIG.vocab_size
+  assert (whole.flops, parts.flops) == (3 * once, 4 * once)

@@ -104,7 +104,7 @@ def test_rows_are_those_that_the_stage_trains_on(
   monkeypatch.setattr(language_model, "train", train)
   monkeypatch.setattr(
       models, "load_policy",
-      lambda place, _: models.Policy(None, None, models.load_tokenizer(place)),
+      lambda place, *_: models.Policy(None, None, models.load_tokenizer(place)),
   )
   sft.run(config, str(tmp_path / "sft"))
   _, parts = inspect.sft_parts(config, tmp_path)

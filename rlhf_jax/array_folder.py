@@ -184,7 +184,11 @@ def _check_leaves(folder, specs, given: dict[str, Any]) -> None:
 
 
 def restore_arrays(
-    folder: pathlib.Path, specs: dict[str, Any], abstract_state: PyTree
+    folder: pathlib.Path,
+    specs: dict[str, Any],
+    abstract_state: PyTree,
+    *,
+    donate: bool = False,
 ) -> PyTree:
   """The arrays of `folder` in the structure of `abstract_state`.
 
@@ -192,15 +196,30 @@ def restore_arrays(
   an array that is not committed to a device) it is left uncommitted on the
   default device. A numpy leaf gives numpy.
 
+  Args:
+    donate: delete the arrays of `abstract_state` before others are read.
+
   Raises:
     StateMismatch: lists every leaf that is missing or differs in dtype, shape.
   """
   given = _named_leaves(abstract_state)
   _check_leaves(folder, specs, given)
+  if donate:
+    given = {name: _abstract(leaf) for name, leaf in given.items()}
+    for leaf in jax.tree.leaves(abstract_state):
+      if isinstance(leaf, jax.Array) and not leaf.is_deleted():
+        leaf.delete()
   arrays = read_arrays(folder, specs, given)
   return jax.tree.unflatten(
       jax.tree.structure(abstract_state), [arrays[name] for name in given]
   )
+
+
+def _abstract(leaf: Any) -> Any:
+  if not isinstance(leaf, jax.Array):
+    return leaf
+  sharding = _target_sharding(leaf)
+  return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding)
 
 
 def read_arrays(

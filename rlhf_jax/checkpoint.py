@@ -159,7 +159,7 @@ class Checkpointer:
     self._pending = self._thread.submit(self._finish, folder, info)
 
   def restore_latest(
-      self, abstract_state: PyTree
+      self, abstract_state: PyTree, *, donate: bool = False
   ) -> tuple[int, PyTree, dict[str, Any]] | None:
     """The newest intact checkpoint: (step, state, iterator_state), or None.
 
@@ -168,6 +168,8 @@ class Checkpointer:
         put on the sharding that it names; without one (or with an array that
         is not committed to a device) it is left uncommitted on the default
         device. A numpy leaf gives numpy.
+      donate: if one is found, the arrays of `abstract_state` are deleted before
+        it is read: two states need not fit side by side.
 
     Raises:
       ConfigMismatch, StateMismatch: it is another run's; both list what
@@ -177,7 +179,7 @@ class Checkpointer:
     for _, _, folder in reversed(_folders(self._directory)):
       info = self._intact(folder)
       if info is not None:
-        return self._restore(folder, info, abstract_state)
+        return self._restore(folder, info, abstract_state, donate)
     return None
 
   def restore_best(
@@ -275,7 +277,7 @@ class Checkpointer:
       self._damaged.add(folder.name)
     return info
 
-  def _restore(self, folder, info, abstract_state):
+  def _restore(self, folder, info, abstract_state, donate=False):
     differences = config_differences(
         info["config"], self._config, free_fields=self._free_fields
     )
@@ -285,7 +287,9 @@ class Checkpointer:
           + "\n  ".join(differences)
           + "\nuse the saved config, or another directory"
       )
-    state = array_folder.restore_arrays(folder, info["leaves"], abstract_state)
+    state = array_folder.restore_arrays(
+        folder, info["leaves"], abstract_state, donate=donate
+    )
     return info["step"], state, info["iterator_state"]
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import optax
 import pytest
 
-from rlhf_jax import checkpoint
+from rlhf_jax import array_folder, checkpoint
 
 CONFIG = {"seed": 0, "ppo": {"kl_coef": 0.1, "sizes": [1, 2]}}
 
@@ -175,6 +175,27 @@ def test_state_moves_between_device_counts(tmp_path, saved, restored):
   _assert_same(found, wanted)
   for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted)):
     assert a.sharding.is_equivalent_to(b.sharding, a.ndim)
+
+
+def test_a_donated_state_is_gone_before_another_is_read(tmp_path, monkeypatch):
+  given = _sharded(2)
+  with _open(tmp_path) as checkpointer:
+    assert checkpointer.restore_latest(given, donate=True) is None
+    assert not any(x.is_deleted() for x in jax.tree.leaves(given))
+    checkpointer.save(5, given, {})
+    wanted = jax.device_get({k: v for k, v in given.items() if k != "keys"})
+    read, seen = array_folder.read_arrays, []
+
+    def watched(*args):
+      seen.extend(x.is_deleted() for x in jax.tree.leaves(given))
+      return read(*args)
+
+    monkeypatch.setattr(array_folder, "read_arrays", watched)
+    _, found, _ = checkpointer.restore_latest(given, donate=True)
+  assert seen and all(seen)
+  for name, array in wanted.items():
+    np.testing.assert_array_equal(found[name], array)
+    assert len(found[name].sharding.device_set) == 2
 
 
 _ONE_DEVICE = """

@@ -166,7 +166,7 @@ def _restore(
     workdir: str,
 ) -> tuple[int, metrics_lib.Metrics]:
   """The step to go on from, and the sums that its checkpoint had not logged."""
-  restored = checkpointer.restore_latest(task.state)
+  restored = checkpointer.restore_latest(task.state, donate=True)
   if restored is None:
     writer.truncate_after(-1)
     return 0, {}

@@ -78,8 +78,8 @@ def _restored_by(monkeypatch) -> dict:
   """What a loop has restored, seen where it restores it."""
   seen, restore = {}, array_folder.restore_arrays
 
-  def spy(folder, specs, abstract_state):
-    state = restore(folder, specs, abstract_state)
+  def spy(folder, specs, abstract_state, **how):
+    state = restore(folder, specs, abstract_state, **how)
     seen["devices"] = len(jax.tree.leaves(state.params)[0].sharding.device_set)
     seen["arrays"] = {
         name: np.asarray(x)

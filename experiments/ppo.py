@@ -160,7 +160,7 @@ def run(config: Config, workdir: str) -> None:
   params = adapters.merged(config.lora, frozen, trained)
   adapters.save(out.dir, config.lora, frozen, trained)
   models.save_policy(
-      out.dir, dataclasses.replace(policy, params=sharding.to_host(params))
+      out.dir, dataclasses.replace(policy, params=params)
   )
   out.finish(evaluate(state)[0])
 

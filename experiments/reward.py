@@ -221,7 +221,7 @@ def run(config: Config, workdir: str) -> None:
       out.dir,
       models.RewardModel(
           policy.config,
-          sharding.to_host(params),
+          params,
           normalization,
           policy.tokenizer,
       ),

@@ -14,7 +14,7 @@ device equals 8.
 Any of them may be 1, and all are on a laptop.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 import dataclasses
 import math
 import re
@@ -28,6 +28,9 @@ import numpy as np
 AXES = ("replica", "data", "fsdp", "tensor", "sequence")
 # A batch's rows are split over all of these.
 ROWS = ("replica", "data", "fsdp")
+
+# Bytes of an array that are gathered from other processes at a time.
+_BLOCK = 2**28
 
 # What one dimension is split over.
 Split = str | tuple[str, ...] | None
@@ -242,10 +245,32 @@ def to_host(tree: Any) -> Any:
 
   def whole(x):
     if isinstance(x, jax.Array) and not x.is_fully_addressable:
-      return multihost_utils.process_allgather(x, tiled=True)
+      blocks = list(host_blocks(x))
+      return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
     return jax.device_get(x)
 
   return jax.tree.map(whole, tree)
+
+
+def host_blocks(x: Any) -> Iterator[np.ndarray]:
+  """An array in numpy, a block of leading indices after the other.
+
+  Of an array of several processes each block is gathered by itself: what all
+  devices hold of it meanwhile is a block, and not the whole.
+  """
+  is_here = not isinstance(x, jax.Array) or x.is_fully_addressable
+  if is_here or x.nbytes <= _BLOCK or not x.ndim:
+    host = jax.device_get(x) if is_here else _gathered(x)
+    yield np.asarray(host)
+    return
+  size = max(_BLOCK * x.shape[0] // x.nbytes, 1)
+  for start in range(0, x.shape[0], size):
+    stop = min(start + size, x.shape[0])
+    yield _gathered(jax.lax.slice_in_dim(x, start, stop))
+
+
+def _gathered(x: jax.Array) -> np.ndarray:
+  return multihost_utils.process_allgather(x, tiled=True)
 
 
 # --- rules --------------------------------------------------------------------

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from experiments.harness import config as config_lib
 from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
-from rlhf_jax import checkpoint, sharding
+from rlhf_jax import checkpoint
 from rlhf_jax.models import lora
 from rlhf_jax.models.lora import LoraConfig
 
@@ -93,7 +93,7 @@ def save(
   checkpoint.save_model(
       stage_dir / _KIND,
       config_lib.to_dict(config),
-      sharding.to_host(trained),
+      trained,
       {
           "kind": _KIND,
           "base": fingerprint(frozen["base"]["trunk"]),

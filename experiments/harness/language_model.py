@@ -175,7 +175,7 @@ def train(
       task, cfg.loop, workdir=str(out.dir), config=out.config
   )
   params = adapters.merged(adapter, frozen, state.params)
-  trained = dataclasses.replace(policy, params=sharding.to_host(params))
+  trained = dataclasses.replace(policy, params=params)
   adapters.save(out.dir, adapter, frozen, state.params)
   models.save_policy(out.dir, trained)
   out.finish(heldout_loss(frozen | state.params))

@@ -10,23 +10,21 @@ from experiments import ppo, reward, sft
 from experiments.harness.config import from_config
 from tests.experiments import tiny
 
-STAGES = {"sft": sft, "reward": reward, "ppo": ppo, "ppo_ahead": ppo}
+STAGES = {"sft": sft, "reward": reward, "ppo": ppo}
 METRICS = {
     "sft": "sft/loss",
     "reward": "reward/loss",
     "ppo": "ppo/value_loss",
-    "ppo_ahead": "ppo/value_loss",
 }
 
 
 def run(name, finished_run, workdir, parallelism, num_devices):
-  config = tiny.stage(name.partition("_")[0], finished_run)
+  config = tiny.stage(name, finished_run)
   part = config.train if name == "sft" else config
   part.loop.update(tiny.loop(4, checkpoint_every=2, eval_every=2))
   part.parallelism, part.mesh.data = parallelism, num_devices
   if name == "ppo":
     config.ppo.update(num_minibatches=2, whiten_rewards=True)
-  if name == "ppo_ahead":
     # The state then holds a rollout, which is rows.
     config.overlap, config.ppo.importance_correction = 1, True
   STAGES[name].run(

@@ -106,7 +106,7 @@ def overoptimisation(
   """Score and true reward over PPO, an axis each; marks a notable peak."""
   marked = found is not None and found.is_notable
   figure, axes = look.panel(
-      "PPO step", "score (what PPO maximises)", size=size, right=0.75,
+      "PPO iteration", "score (what PPO maximises)", size=size, right=0.75,
       num_labels=2 + marked,
   )
   twin = axes.twinx()

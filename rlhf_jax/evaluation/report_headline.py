@@ -82,7 +82,7 @@ def sentences(run: RunData) -> list[str]:
   found = find_overoptimisation(run)
   if found is not None and found.is_notable:
     said.append(
-        f"Over-optimisation: the true reward peaked at PPO step "
+        f"Over-optimisation: the true reward peaked at PPO iteration "
         f"{found.peak_step:,} ({found.peak_reward:.3f}) and ended at "
         f"{found.final_reward:.3f}, while the score rose from "
         f"{found.peak_score:.2f} to {found.final_score:.2f} (means of three "

@@ -180,7 +180,7 @@ def test_reward_hacking_is_named_with_its_peak(hacking_run):
   assert found.peak_reward == pytest.approx(best)
   assert found.final_reward == pytest.approx(sum(curve.values[-3:]) / 3)
   assert found.final_score > found.peak_score
-  assert "Over-optimisation: the true reward peaked at PPO step" in (
+  assert "Over-optimisation: the true reward peaked at PPO iteration" in (
       report.summary_text(hacking_run)
   )
   assert "PPO is BELOW SFT by 0.240 [0.200, 0.280], paired" in (

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.experiments import tiny
+from tests.faults import own_part
 
 NUM_DEVICES = 4
 
@@ -152,6 +153,7 @@ from rlhf_jax import sharding
 from rlhf_jax.rewards import episodes
 from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.types import Rollout
+from tests.faults import own_part
 
 class Tokenizer:  # a token is a number
   def decode_batch(self, tokens, mask, **how):
@@ -194,20 +196,27 @@ with hosts.joined(hosts.Hosts(
   odd = jax.tree.map(lambda x: np.asarray(x)[:7], sharding.to_host(rollout))
   score = episodes.make_rule_reward(rule)(episodes.Episodes(odd, Tokenizer()))
   assert (score == (ids[:, 0] + ids[:, 1] + 1)[:7]).all(), score
+  own_part.check_read_anew(episodes.Episodes(odd, Tokenizer()), num)
+  np.savez(sys.argv[4], **own_part.encoded())
+  print("failure", own_part.failure(index, num))
+  print("others", own_part.other_records(index))
   stage.barrier("done")
 print("well")
 """
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_rows_scores_and_hashes_are_of_all_processes(num):
+def test_rows_scores_texts_and_hashes_are_of_all_processes(num, tmp_path):
   address = f"localhost:{_free_port()}"
   env = tiny.environment() | {
       "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
   }
   processes = [
       subprocess.Popen(
-          [sys.executable, "-c", _PIECES, address, str(num), str(i)],
+          [
+              *(sys.executable, "-c", _PIECES, address, str(num), str(i)),
+              str(tmp_path / f"{i}.npz"),
+          ],
           cwd=tiny.REPO,
           env=env,
           stdout=subprocess.PIPE,
@@ -219,6 +228,28 @@ def test_rows_scores_and_hashes_are_of_all_processes(num):
   logs = [process.communicate(timeout=300)[0] for process in processes]
   for process, log in zip(processes, logs):
     assert process.returncode == 0 and "well" in log, log
+  _check_own_parts([np.load(tmp_path / f"{i}.npz") for i in range(num)])
+  for i, log in enumerate(logs):
+    told = f"process {num - 1} of {num} could not encode its part of the texts"
+    told = "failure " + (f"OwnPartError: {told}: " if i < num - 1 else "")
+    assert f"{told}ValueError: text 0 holds a lone surrogate" in log
+    assert "All processes must see the same files" in log
+
+
+def _check_own_parts(found) -> None:
+  """All have the arrays of one process, and each encoded its part of them."""
+  for name, wanted in own_part.encoded().items():
+    arrays = [x[name] for x in found]
+    if not name.endswith("/texts"):
+      for array in arrays:
+        np.testing.assert_array_equal(array, wanted, err_msg=name)
+        assert array.dtype == wanted.dtype, name
+      continue
+    assert wanted >= len(own_part.TEXTS), name
+    # Rankings of several lengths part here and there from their prompt.
+    most = 1.2 * wanted if name.startswith("rankings") else wanted
+    assert max(arrays) <= most / len(found) + 4, name
+    assert wanted <= sum(arrays) <= most, name
 
 
 def test_processes_write_one_report(finished_run, tmp_path):

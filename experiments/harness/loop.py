@@ -318,7 +318,7 @@ class _Loop:
     self.writer.write(step, numbers)
     shown = ("loss", "score", "kl", "accuracy")
     return {
-        name.split("/")[-1]: f"{value:.3f}"
+        name.split("/")[-1]: f"{value:z.3f}"
         for name, value in numbers.items()
         if name.split("/")[-1] in shown
     }

@@ -347,48 +347,88 @@ def _on(tree, places):
   )
 
 
-def _large(**changes):
+def _large(model, **changes):
   """A config, the shapes of its params, and elements of the smallest kernel."""
   config = dataclasses.replace(LARGE, **changes)
   shapes = jax.eval_shape(
-      LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
+      model(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
   )["params"]
   sizes = [x.size for x in jax.tree.leaves(shapes)]
   return config, shapes, min(size for size in sizes if size > 4096)
 
 
-def _lowered_sft(mesh, config, params, rules):
+def _largest_of(make_update, model, params, batch, cfg, rules, sizes) -> int:
+  """`_largest` of a supervised update's program on a mesh of these sizes."""
+  mesh = sharding.make_mesh(MeshConfig(**sizes))
   tx = optim.make_optimizer(optim.OptimizerConfig(learning_rate=1e-3), 10)
   state = jax.eval_shape(
       lambda params: create_train_state(params, tx, jax.random.key(0)), params
   )
   places = sharding.shardings_of(state, rules, mesh)
   update = jax.jit(
-      sft.make_sft_update(functions.make_language_model(config), tx),
-      donate_argnums=0,
-      out_shardings=(places, None),
+      make_update(model, tx), donate_argnums=0, out_shardings=(places, None)
   )
-  batch = _on(small.lm_batch(rows=8), sharding.rows(mesh))
-  return update.lower(_on(state, places), batch, sft.SFTConfig())
+  batch = _on(batch, sharding.rows(mesh))
+  return _largest(update.lower(_on(state, places), batch, cfg))
+
+
+def _large_sft(**changes):
+  """What `_largest_of` takes of SFT, and elements of the smallest kernel."""
+  config, params, whole = _large(LanguageModel, **changes)
+  model = functions.make_language_model(config)
+  batch = small.lm_batch(rows=8)
+  return (sft.make_sft_update, model, params, batch, sft.SFTConfig()), whole
+
+
+def _large_reward(**changes):
+  """The same of the reward update."""
+  config, params, whole = _large(ScalarModel, **changes)
+  model, cfg = functions.make_score_fn(config), reward.RewardConfig()
+  batch = small.preference_batch(rows=8)
+  return (reward.make_reward_update, model, params, batch, cfg), whole
+
+
+FSDP, FSDP_TENSOR = dict(fsdp=8), dict(fsdp=4, tensor=2)
 
 
 @pytest.mark.parametrize(
-    "sizes,tie_head",
-    [(dict(fsdp=8), False), (dict(fsdp=4, tensor=2), True)],
+    "sizes, changes",
+    [
+        (FSDP, dict(tie_head=False)),
+        (FSDP_TENSOR, dict(tie_head=True)),
+        (FSDP_TENSOR, dict(dtype="bfloat16")),
+    ],
 )
-def test_sft_holds_no_full_copy_of_a_sharded_tensor(sizes, tie_head):
-  mesh = sharding.make_mesh(MeshConfig(**sizes))
-  config, params, whole = _large(tie_head=tie_head)
-  rules = NO_RULES.rules_of("policy")
-  assert _largest(_lowered_sft(mesh, config, params, rules)) < whole
-  # What is to be found is found where it is.
-  copies = ((r"feed_forward/up/kernel", ()), *rules)
-  assert _largest(_lowered_sft(mesh, config, params, copies)) >= whole
+def test_sft_holds_no_full_copy_of_a_sharded_tensor(sizes, changes):
+  update, whole = _large_sft(**changes)
+  assert _largest_of(*update, NO_RULES.rules_of("policy"), sizes) < whole
 
 
-def test_ppo_holds_no_full_copy_of_a_sharded_tensor():
-  mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
-  config, policy, whole = _large()
+@pytest.mark.parametrize(
+    "sizes, dtype", [(FSDP, "float32"), (FSDP_TENSOR, "bfloat16")]
+)
+def test_reward_holds_no_full_copy_of_a_sharded_tensor(sizes, dtype):
+  update, whole = _large_reward(dtype=dtype)
+  assert _largest_of(*update, NO_RULES.rules_of("reward_model"), sizes) < whole
+
+
+@pytest.mark.parametrize(
+    "make, name, dtype",
+    [
+        (_large_sft, "policy", "float32"),
+        (_large_reward, "reward_model", "bfloat16"),
+    ],
+)
+def test_a_full_copy_would_be_found(make, name, dtype):
+  update, whole = make(dtype=dtype)
+  rules = ((r"feed_forward/up/kernel", ()), *NO_RULES.rules_of(name))
+  assert _largest_of(*update, rules, FSDP) >= whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ppo_holds_no_full_copy_of_a_sharded_tensor(dtype):
+  mesh = sharding.make_mesh(MeshConfig(**FSDP_TENSOR))
+  config, policy, whole = _large(LanguageModel, dtype=dtype)
   value = jax.eval_shape(
       ScalarModel(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
   )["params"]

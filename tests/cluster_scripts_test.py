@@ -4,25 +4,12 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 
 import pytest
 
 from experiments.harness import cli
-from tests.fake_gcloud.cloud import NASTY, Cloud
-
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bash") and shutil.which("git")),
-    reason="the scripts need bash and git",
-)
-
-
-@pytest.fixture
-def cloud(tmp_path):
-  cloud = Cloud(tmp_path)
-  yield cloud
-  cloud.clean_up()
+from tests.fake_gcloud.cloud import NASTY
 
 
 def _manifest(cloud, *args, **env):

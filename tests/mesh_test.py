@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from experiments.harness import devices, ppo_programs
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import optim, sharding
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
-from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PromptBatch
 from rlhf_jax.updates import ppo, reward, sft
@@ -75,7 +75,7 @@ SCORE = np.random.default_rng(0).normal(size=small.B).astype(np.float32)
 
 
 def _mesh(name):
-  return sharding.make_mesh(MeshConfig(**MESHES.get(name, {})))
+  return device_mesh.make_mesh(MeshConfig(**MESHES.get(name, {})))
 
 
 # --- supervised ---------------------------------------------------------------
@@ -89,7 +89,7 @@ def _supervised(make_update, model, params, batch, cfg, rules, mesh):
   update = jax.jit(
       make_update(model, small.SGD), out_shardings=(sharding.of(state), None)
   )
-  state, metrics = update(state, sharding.shard_rows(batch, mesh), cfg)
+  state, metrics = update(state, device_mesh.shard_rows(batch, mesh), cfg)
   return state, metrics_lib.compute(metrics)
 
 
@@ -191,11 +191,11 @@ class _PPO:
     self.log = []
 
   def rollout(self):
-    batch = sharding.shard_rows(_prompts(), self.mesh)
+    batch = device_mesh.shard_rows(_prompts(), self.mesh)
     return self.programs.rollout(self.state, batch, SAMPLING, {})
 
   def score_args(self, rollout):
-    score = sharding.shard_rows(SCORE, self.mesh)
+    score = device_mesh.shard_rows(SCORE, self.mesh)
     return (
         self.state.train.params,
         self.ref_params,
@@ -206,7 +206,7 @@ class _PPO:
     )
 
   def update_args(self, scored):
-    ptx = sharding.shard_rows(small.lm_batch(), self.mesh)
+    ptx = device_mesh.shard_rows(small.lm_batch(), self.mesh)
     return self.state, scored, ptx, self.cfg, {}
 
   def iterate(self):
@@ -359,7 +359,7 @@ def _large(model, **changes):
 
 def _largest_of(make_update, model, params, batch, cfg, rules, sizes) -> int:
   """`_largest` of a supervised update's program on a mesh of these sizes."""
-  mesh = sharding.make_mesh(MeshConfig(**sizes))
+  mesh = device_mesh.make_mesh(MeshConfig(**sizes))
   tx = optim.make_optimizer(optim.OptimizerConfig(learning_rate=1e-3), 10)
   state = jax.eval_shape(
       lambda params: create_train_state(params, tx, jax.random.key(0)), params
@@ -368,7 +368,7 @@ def _largest_of(make_update, model, params, batch, cfg, rules, sizes) -> int:
   update = jax.jit(
       make_update(model, tx), donate_argnums=0, out_shardings=(places, None)
   )
-  batch = _on(batch, sharding.rows(mesh))
+  batch = _on(batch, device_mesh.rows(mesh))
   return _largest(update.lower(_on(state, places), batch, cfg))
 
 
@@ -427,7 +427,7 @@ def test_a_full_copy_would_be_found(make, name, dtype):
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_ppo_holds_no_full_copy_of_a_sharded_tensor(dtype):
-  mesh = sharding.make_mesh(MeshConfig(**FSDP_TENSOR))
+  mesh = device_mesh.make_mesh(MeshConfig(**FSDP_TENSOR))
   config, policy, whole = _large(LanguageModel, dtype=dtype)
   value = jax.eval_shape(
       ScalarModel(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
@@ -443,7 +443,7 @@ def test_ppo_holds_no_full_copy_of_a_sharded_tensor(dtype):
   )
   rules = ppo_programs.state_rules(NO_RULES)
   state = _on(state, sharding.shardings_of(state, rules, mesh))
-  rows = sharding.rows(mesh)
+  rows = device_mesh.rows(mesh)
   rollout_args = (state, _on(_prompts(), rows), SAMPLING, {})
   rollout = _on(jax.eval_shape(programs.rollout, *rollout_args), rows)
   score_args = (

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from experiments.harness import models, ppo_programs
 from experiments.harness.ppo_config import Config
 from experiments.harness.reference import Reference
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.generation import decode
 from rlhf_jax.rewards.episodes import Episodes, RewardFn
@@ -70,12 +70,12 @@ class Step:
     """The state before the first iteration, with what that is to train on."""
     if not self._config.overlap:
       return state
-    prompts, _ = sharding.shard_rows(next(batches), self._meshes["policy"])
+    prompts, _ = device_mesh.shard_rows(next(batches), self._meshes["policy"])
     return dataclasses.replace(state, pending=self._rollout(state, prompts, 0))
 
   def __call__(self, state, batch):
     config = self._config
-    prompts, ptx = sharding.shard_rows(batch, self._meshes["policy"])
+    prompts, ptx = device_mesh.shard_rows(batch, self._meshes["policy"])
     if config.overlap:
       rollout = state.pending
       # The device is busy with it while the older one is scored.
@@ -117,9 +117,9 @@ class Step:
   def _score(self, rollout):
     mesh, own = self._meshes["policy"], self._meshes["reward_model"]
     if own != mesh:
-      rollout = sharding.put_rows(rollout, own)
+      rollout = device_mesh.put_rows(rollout, own)
     score = self._reward_fn(Episodes(rollout, self._tokenizer))
-    return sharding.put_rows(score, mesh)
+    return device_mesh.put_rows(score, mesh)
 
 
 def rollout_sampling(

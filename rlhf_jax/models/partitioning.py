@@ -15,7 +15,8 @@ With one device all of this is nothing.
 import jax
 
 from rlhf_jax import sharding
-from rlhf_jax.sharding import ROWS, Rules
+from rlhf_jax.device_mesh import ROWS
+from rlhf_jax.sharding import Rules
 
 # As arguments of `sharding.constrain`.
 _COPIES = ("replica", "data")

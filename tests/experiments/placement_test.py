@@ -10,7 +10,7 @@ import pytest
 from experiments import ppo
 from experiments.harness import devices
 from experiments.harness.config import ConfigError, from_config
-from rlhf_jax.sharding import MeshConfig
+from rlhf_jax.device_mesh import MeshConfig
 from tests.experiments import tiny
 
 OWN = devices.OwnDevices

@@ -149,9 +149,9 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from experiments.harness import hosts, stage
 from experiments.harness.fingerprint import fingerprint
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.rewards import episodes
-from rlhf_jax.sharding import MeshConfig
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.types import Rollout
 from tests.faults import own_part
 
@@ -166,21 +166,21 @@ with hosts.joined(hosts.Hosts(
   n = jax.device_count()
   whole = np.arange(12 * n * 3, dtype=np.float32).reshape(12 * n, 3)
   for sizes in (dict(data=-1), dict(fsdp=-1, tensor=2), dict(tensor=-1)):
-    mesh = sharding.make_mesh(MeshConfig(**sizes))
-    mine = sharding.local_rows(mesh, 12 * n)
+    mesh = device_mesh.make_mesh(MeshConfig(**sizes))
+    mine = device_mesh.local_rows(mesh, 12 * n)
     assert len(mine) == 12 * n // (1 if "data" not in sizes and
                                    "fsdp" not in sizes else num), sizes
-    x = sharding.shard_rows({"x": whole[mine]}, mesh)["x"]
+    x = device_mesh.shard_rows({"x": whole[mine]}, mesh)["x"]
     assert x.shape == whole.shape and not x.is_fully_addressable
-    assert (sharding.to_host(x) == whole).all()
+    assert (device_mesh.to_host(x) == whole).all()
     assert float(jax.jit(jnp.sum)(x)) == whole.sum()
     assert fingerprint(x) == fingerprint(whole)
-    key = sharding.replicate(jax.random.key(3), mesh)
+    key = device_mesh.replicate(jax.random.key(3), mesh)
     assert jax.random.uniform(key) == jax.random.uniform(jax.random.key(3))
-  mesh = sharding.make_mesh(MeshConfig(data=-1))
+  mesh = device_mesh.make_mesh(MeshConfig(data=-1))
   ids = np.arange(12 * n * 2, dtype=np.int32).reshape(12 * n, 2)
-  rollout = sharding.shard_rows(jax.tree.map(
-      lambda x: x[sharding.local_rows(mesh, 12 * n)],
+  rollout = device_mesh.shard_rows(jax.tree.map(
+      lambda x: x[device_mesh.local_rows(mesh, 12 * n)],
       Rollout(prompts=ids, prompt_mask=ids, completions=ids + 1,
               completion_mask=ids, logprobs=ids.astype(np.float32),
               ended=ids[:, 0] > 0)), mesh)
@@ -193,7 +193,7 @@ with hosts.joined(hosts.Hosts(
   assert (score == ids[:, 0] + ids[:, 1] + 1).all(), score
   assert len(calls) == 12 * n // num
   # A number of rows that does not divide: the first are scored twice.
-  odd = jax.tree.map(lambda x: np.asarray(x)[:7], sharding.to_host(rollout))
+  odd = jax.tree.map(lambda x: np.asarray(x)[:7], device_mesh.to_host(rollout))
   score = episodes.make_rule_reward(rule)(episodes.Episodes(odd, Tokenizer()))
   assert (score == (ids[:, 0] + ids[:, 1] + 1)[:7]).all(), score
   own_part.check_read_anew(episodes.Episodes(odd, Tokenizer()), num)

@@ -36,6 +36,7 @@ _PLACES = {
     "keys": (ROWS, None, "tensor", None),
     "wide": (ROWS, "sequence", "tensor"),
     "cache": (None, ROWS, "tensor", None, None),
+    "layer_cache": (ROWS, "tensor", None, None),
 }
 
 _TRUNK: Rules = (

@@ -11,10 +11,10 @@ row becomes depends on its own prompt and row number alone: not on the rows
 beside it, on its place in the batch, on the batch's size or on sharding.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -71,6 +71,14 @@ class SamplingConfig:
       raise ValueError(f"top_p must be in (0, 1]: {self.top_p}")
 
 
+class Drawn(NamedTuple):
+  """One token a row, its log-probability, and whether it ends the row."""
+
+  token: Int[Array, "B"]
+  logprob: Float[Array, "B"]
+  ends: Bool[Array, "B"]
+
+
 class _State(NamedTuple):
   step: Int[Array, ""]
   token: Int[Array, "B"]
@@ -112,9 +120,8 @@ def make_generate(
     if rows is None:
       rows = jnp.arange(b, dtype=jnp.int32)
     row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-    apply, cache = _prepare(
-        model, is_unrolled, params, prompts, cfg.max_new_tokens
-    )
+    apply, make_cache = bind(model, is_unrolled, params, prompts)
+    cache = make_cache(b, cache_length(prompts, cfg))
     logits, cache = apply(prompts, prompt_mask, cache, last=1)
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
@@ -140,8 +147,17 @@ def make_generate(
   return generate
 
 
-def _prepare(model, is_unrolled, params, prompts, max_new_tokens):
-  """The model bound to its weights, and an empty cache for it."""
+def bind(
+    model: LanguageModel,
+    is_unrolled: bool | None,
+    params: Mapping[str, Any],
+    prompts: Int[Array, "B P"],
+) -> tuple[Callable[..., Any], Callable[[int, int], Cache]]:
+  """(the model's apply with its weights, what makes an empty cache for it).
+
+  The latter takes a number of rows and a length. `is_unrolled` is that of
+  `make_generate`.
+  """
   if is_unrolled is None:
     is_unrolled = attention_kernels.platform_of(prompts) != "tpu"
   variables = lora.variables(params)
@@ -152,11 +168,13 @@ def _prepare(model, is_unrolled, params, prompts, max_new_tokens):
   elif config.scan_unroll > 1:
     # Layers unrolled within a scan would each copy their slice of the cache.
     model = model.clone(config=dataclasses.replace(config, scan_unroll=1))
-  # The last token drawn is never fed back, so it needs no slot.
-  b, p = prompts.shape
-  length = p + max(max_new_tokens - 1, 1)
-  cache = init_cache(config, b, length, is_unrolled)
-  return functools.partial(model.apply, variables), cache
+  make_cache = functools.partial(init_cache, config, is_unrolled=is_unrolled)
+  return functools.partial(model.apply, variables), make_cache
+
+
+def cache_length(prompts: Int[Array, "B P"], cfg: SamplingConfig) -> int:
+  """Slots that a row needs: the last token drawn is never fed back."""
+  return prompts.shape[1] + max(cfg.max_new_tokens - 1, 1)
 
 
 def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:
@@ -179,12 +197,10 @@ def _record(
     cfg: SamplingConfig,
 ) -> _State:
   """Draws token number state.step of every row and writes it down."""
-  drawn = _choose(logits, row_rngs, state.step, cfg)
-  logprobs = language_modeling.selected_logprobs(
-      logits, drawn, temperature=cfg.temperature
-  )
+  steps = jnp.broadcast_to(state.step, state.token.shape)
+  drawn = draw(logits, row_rngs, steps, cfg)
   real = ~state.done
-  token = jnp.where(real, drawn, cfg.pad_id)
+  token = jnp.where(real, drawn.token, cfg.pad_id)
 
   def put(buffer, column):
     column = column.astype(buffer.dtype)[:, None]
@@ -195,32 +211,49 @@ def _record(
   return state._replace(
       step=state.step + 1,
       token=token,
-      done=state.done | _ends(drawn, state.step, cfg),
+      done=state.done | drawn.ends,
       completions=put(state.completions, token),
       mask=put(state.mask, real),
-      logprobs=put(state.logprobs, jnp.where(real, logprobs, 0.0)),
+      logprobs=put(state.logprobs, jnp.where(real, drawn.logprob, 0.0)),
   )
 
 
-def _choose(logits, row_rngs, step, cfg: SamplingConfig) -> Int[Array, "B"]:
+def draw(
+    logits: Float[Array, "B V"],
+    row_rngs: Key[Array, "B"] | UInt32[Array, "B 2"],
+    steps: Int[Array, "B"],
+    cfg: SamplingConfig,
+) -> Drawn:
+  """Draws token number steps[r] of every row r."""
+  token = _choose(logits, row_rngs, steps, cfg)
+  return Drawn(
+      token=token,
+      logprob=language_modeling.selected_logprobs(
+          logits, token, temperature=cfg.temperature
+      ),
+      ends=_ends(token, steps, cfg),
+  )
+
+
+def _choose(logits, row_rngs, steps, cfg: SamplingConfig) -> Int[Array, "B"]:
   if cfg.greedy:
     return jnp.argmax(logits, axis=-1).astype(jnp.int32)
   logits = sampling.apply_temperature(logits, cfg.temperature)
   logits = sampling.apply_top_k(logits, cfg.top_k)
   if cfg.use_top_p:
     logits = sampling.apply_top_p(logits, cfg.top_p)
-  rngs = jax.vmap(jax.random.fold_in, (0, None))(row_rngs, step)
+  rngs = jax.vmap(jax.random.fold_in)(row_rngs, steps)
   return jax.vmap(sampling.sample)(rngs, logits)
 
 
-def _ends(drawn, step, cfg: SamplingConfig) -> Bool[Array, "B"]:
-  ends = _is_any(drawn, (cfg.eos_id, *cfg.other_eos_ids))
+def _ends(token, steps, cfg: SamplingConfig) -> Bool[Array, "B"]:
+  ends = _is_any(token, (cfg.eos_id, *cfg.other_eos_ids))
   if cfg.stop_ids:
-    stops = _is_any(drawn, cfg.stop_ids)
-    ends = ends | (stops & (step >= cfg.stop_after))
+    stops = _is_any(token, cfg.stop_ids)
+    ends = ends | (stops & (steps >= cfg.stop_after))
   return ends
 
 
-def _is_any(drawn, ids: tuple[int, ...]) -> Bool[Array, "B"]:
+def _is_any(token, ids: tuple[int, ...]) -> Bool[Array, "B"]:
   ids = jnp.asarray(ids, jnp.int32)
-  return jnp.any(drawn[:, None] == ids[None], axis=-1)
+  return jnp.any(token[:, None] == ids[None], axis=-1)

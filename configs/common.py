@@ -105,6 +105,7 @@ def samples(
           stop_tokens=(),
           stop_after=0,
           too_long="error",
+          num_slots=0,
       )
   )
   cfg.update(changes)

@@ -129,7 +129,7 @@ def complete(
         policy.config,
         policy.tokenizer,
         prompts[name],
-        config.samples.sampling(policy.tokenizer),
+        config.samples,
         reference=reference,
         reward_fn=reward_fn,
         judge=judge,

@@ -103,6 +103,12 @@ def write_plan(raw_config, name: str, options: Options) -> bool:
     target = make_target(options.topology)
     with devices.planned_for(len(target.devices)):
       config = config_lib.from_config(ppo.Config, raw_config)
+    if config.samples.num_slots:
+      raise config_lib.ConfigError(
+          f"samples.num_slots={config.samples.num_slots}: how often slots are "
+          "refilled depends on when completions end, so there is no plan of "
+          "it; set it to 0"
+      )
     cache_dir = pathlib.Path(options.cache_dir)
     folder = pathlib.Path(options.workdir)
     there = target.name.replace(":", "-").replace(" ", "")

@@ -100,7 +100,7 @@ def run(config: Config, workdir: str) -> None:
       policy.config,
       policy.tokenizer,
       heldout_prompts,
-      config.samples.sampling(policy.tokenizer),
+      config.samples,
       reference=reference,
       reward_fn=reward_fn,
       judge=evaluator.make_judge(config.judge),
@@ -131,6 +131,7 @@ def run(config: Config, workdir: str) -> None:
       mesh,
       config.sharding,
       config.parallelism,
+      config.samples.make_generate(policy.config),
   )
   step = Step(
       config, programs, policy, reference, reward_fn, meshes, frozen

@@ -34,8 +34,6 @@ from experiments.harness import (
     stage,
 )
 from rlhf_jax.data import records
-from rlhf_jax.generation import decode
-from rlhf_jax.models import heads
 from rlhf_jax.worlds import annotators
 
 
@@ -118,14 +116,10 @@ def sample_groups(
   batch = evaluator.encode_prompts(prompts, tokenizer, config.samples)
   k = config.num_completions
   repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), batch)
-  rollout = evaluator.sample_all(
-      jax.jit(decode.make_generate(heads.LanguageModel(policy.config))),
-      policy.params,
-      repeated,
-      config.samples.sampling(tokenizer),
-      jax.random.key(seed),
-      config.batch_size,
+  sample = evaluator.make_sampler(
+      policy.config, tokenizer, config.samples, config.batch_size
   )
+  rollout = sample(policy.params, repeated, jax.random.key(seed))
   texts = tokenizer.decode_batch(
       rollout.completions, rollout.completion_mask, continues=True,
       drop_unknown=True,

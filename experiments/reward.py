@@ -44,7 +44,6 @@ from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.evaluation import intervals, preference_accuracy
-from rlhf_jax.generation import decode
 from rlhf_jax.losses import preference
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.lora import LoraConfig
@@ -428,17 +427,15 @@ def make_reference_sampler(
       ref_policy.tokenizer,
       config.samples,
   )
-  sampling = config.samples.sampling(ref_policy.tokenizer)
+  complete = evaluator.make_sampler(
+      ref_policy.config,
+      ref_policy.tokenizer,
+      config.samples,
+      config.batch_size,
+  )
 
   def sample(rng: jax.Array) -> Episodes:
-    rollout = evaluator.sample_all(
-        jax.jit(decode.make_generate(heads.LanguageModel(ref_policy.config))),
-        ref_policy.params,
-        prompts,
-        sampling,
-        rng,
-        config.batch_size,
-    )
+    rollout = complete(ref_policy.params, prompts, rng)
     return Episodes(rollout, ref_policy.tokenizer)
 
   return sample

@@ -112,6 +112,7 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       stop_tokens=(),
       stop_after=0,
       too_long="error",
+      num_slots=0,
   )
   sampler = evaluator.Evaluator(
       policy.config,
@@ -121,7 +122,7 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
           policy.tokenizer,
           cfg,
       ),
-      cfg.sampling(policy.tokenizer),
+      cfg,
       seed=_SEED.value,
       batch_size=len(prompts),
   )

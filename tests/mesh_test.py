@@ -186,7 +186,15 @@ class _PPO:
         self.mesh,
     )
     self.programs = ppo_programs.make_programs(
-        CONFIG, CONFIG, CONFIG, tx, state, self.mesh, NO_RULES, parallelism
+        CONFIG,
+        CONFIG,
+        CONFIG,
+        tx,
+        state,
+        self.mesh,
+        NO_RULES,
+        parallelism,
+        decode.make_generate(LanguageModel(CONFIG)),
     )
     self.log = []
 
@@ -439,7 +447,15 @@ def test_ppo_holds_no_full_copy_of_a_sharded_tensor(dtype):
       {"policy": policy, "value": value},
   )
   programs = ppo_programs.make_programs(
-      config, config, config, small.SGD, state, mesh, NO_RULES, "jit"
+      config,
+      config,
+      config,
+      small.SGD,
+      state,
+      mesh,
+      NO_RULES,
+      "jit",
+      decode.make_generate(LanguageModel(config)),
   )
   rules = ppo_programs.state_rules(NO_RULES)
   state = _on(state, sharding.shardings_of(state, rules, mesh))

@@ -180,6 +180,24 @@ def check_divides(
     )
 
 
+def check_slots(num_slots: int, mesh: MeshConfig, num_taken: int = 0) -> None:
+  """Checks that slots, if there are any, are not split over devices.
+
+  Args:
+    num_taken: devices that others have.
+
+  Raises:
+    ValueError: with the numbers.
+  """
+  num = mesh.num_row_shards(num_devices() - num_taken)
+  if num_slots and num > 1:
+    raise ValueError(
+        f"samples.num_slots={num_slots}: {mesh} splits rows over {num} "
+        "devices, and a refill would gather them; set samples.num_slots=0, or "
+        "replica, data and fsdp to 1"
+    )
+
+
 def check_length(
     length: int, mesh: MeshConfig, name: str, num_taken: int = 0
 ) -> None:

@@ -20,7 +20,7 @@ from rlhf_jax import device_mesh
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation import policy_kl, text
-from rlhf_jax.generation import decode
+from rlhf_jax.generation import decode, engine
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
@@ -46,6 +46,10 @@ class SampleConfig:
   stop_tokens: texts of one token each that end a completion, as the end token
     does, from completion token `stop_after` on.
   too_long: what becomes of a prompt of more than max_prompt_length tokens.
+  num_slots: completions that are decoded at a time, in PPO's rollouts too; who
+    has ended makes room for the next prompt. 0 decodes a batch until all of it
+    has ended. Worth it where lengths differ much and prompts are several times
+    as many.
   """
 
   max_prompt_length: int
@@ -57,6 +61,7 @@ class SampleConfig:
   stop_tokens: tuple[str, ...]
   stop_after: int
   too_long: Literal["drop", "truncate_prompt_left", "error"]
+  num_slots: int
 
   def __post_init__(self):
     checks.check_ranges(
@@ -69,6 +74,7 @@ class SampleConfig:
             "top_k": ">= 0",
             "top_p": "(0, 1]",
             "stop_after": ">= 0",
+            "num_slots": ">= 0",
         },
     )
 
@@ -100,6 +106,35 @@ class SampleConfig:
         stop_after=self.stop_after,
         pad_id=tokenizer.pad_id,
     )
+
+  def make_generate(self, config: TransformerConfig) -> Callable[..., Rollout]:
+    """What completes prompts by a model of this shape; jit it."""
+    model = heads.LanguageModel(config)
+    if not self.num_slots:
+      return decode.make_generate(model)
+    return engine.make_generate_many(model, self.num_slots)
+
+
+def make_sampler(
+    config: TransformerConfig,
+    tokenizer: Tokenizer,
+    samples: SampleConfig,
+    batch_size: int,
+) -> Callable[[Any, PromptBatch, jax.Array], Rollout]:
+  """(params, prompts, rng) -> completions of all, in numpy.
+
+  Args:
+    batch_size: prompts that run at a time; with slots they all go into one
+      program, of which so many slots do.
+  """
+  generate = jax.jit(samples.make_generate(config))
+  sampling = samples.sampling(tokenizer)
+
+  def sample(params, prompts, rng):
+    size = prompts.prompts.shape[0] if samples.num_slots else batch_size
+    return sample_all(generate, params, prompts, sampling, rng, size)
+
+  return sample
 
 
 def sample_all(
@@ -232,7 +267,7 @@ class Evaluator:
       policy_config: TransformerConfig,
       tokenizer: Tokenizer,
       prompts: PromptBatch,
-      sampling: SamplingConfig,
+      samples: SampleConfig,
       *,
       reference: Reference | None = None,
       reward_fn: RewardFn | None = None,
@@ -240,17 +275,14 @@ class Evaluator:
       seed: int,
       batch_size: int,
   ):
-    self._tokenizer, self._prompts, self._sampling = (
-        tokenizer,
-        prompts,
-        sampling,
-    )
+    self._tokenizer, self._prompts = tokenizer, prompts
+    self._temperature = samples.temperature
     self._reward_fn, self._judge = reward_fn, judge
     self._reference = reference
     self._rng = jax.random.key(seed)
     self._batch_size = min(batch_size, prompts.prompts.shape[0])
-    self._generate = jax.jit(
-        decode.make_generate(heads.LanguageModel(policy_config))
+    self._sample = make_sampler(
+        policy_config, tokenizer, samples, self._batch_size
     )
     if reference is not None:
       self._kl = jax.jit(
@@ -262,14 +294,7 @@ class Evaluator:
 
   def rows(self, params: Any) -> list[dict[str, Any]]:
     """One row a prompt: texts, lengths, and what each judge said."""
-    whole = sample_all(
-        self._generate,
-        params,
-        self._prompts,
-        self._sampling,
-        self._rng,
-        self._batch_size,
-    )
+    whole = self._sample(params, self._prompts, self._rng)
     rows = []
     for start in range(0, whole.ended.shape[0], self._batch_size):
       part = jax.tree.map(
@@ -309,7 +334,7 @@ class Evaluator:
           params,
           self._reference.params,
           rollout,
-          jnp.float32(self._sampling.temperature),
+          jnp.float32(self._temperature),
           self._reference.hidden(rollout),
       )
       for row, value in zip(rows, device_mesh.to_host(kl)):

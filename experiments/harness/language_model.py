@@ -71,6 +71,7 @@ class LanguageModelConfig:
         self.batch_size, self.sft.num_microbatches, self.mesh
     )
     devices.check_length(self.seq_len, self.mesh, "seq_len")
+    devices.check_slots(self.samples.num_slots, self.mesh)
     check_parallelism(
         self.parallelism, self.mesh.sizes(devices.num_devices())
     )
@@ -143,7 +144,7 @@ def train(
       evaluator.encode_prompts(
           prompts, tokenizer, cfg.samples
       ),
-      cfg.samples.sampling(tokenizer),
+      cfg.samples,
       seed=cfg.seed,
       batch_size=len(prompts),
   )

@@ -124,6 +124,7 @@ def make_iteration(config: Any, mesh: jax.sharding.Mesh) -> Iteration:
       mesh,
       rules,
       config.parallelism,
+      config.samples.make_generate(policy_config),
   )
   work = _Counted(config, mesh, policy_config, ref_config, value_config)
   return Iteration(

@@ -34,8 +34,8 @@ class Config:
   overlap: 1 samples the next rollout while this one is scored, by a policy that
     is one update older (with ppo.importance_correction); 0 takes turns.
   parallelism: jit or pmap, see `harness/parallelism.py`.
-  samples: also fixes prompt and completion lengths; its temperature is that of
-    evaluation, ppo.temperature that of training.
+  samples: also fixes prompt and completion lengths, and the slots of rollouts;
+    its temperature is that of evaluation, ppo.temperature that of training.
   ptx_documents: pretraining text for ppo.ptx_coef (source '' if that is 0).
   judge: says what is true at evaluations, see `harness/evaluator.py`.
   """
@@ -86,6 +86,7 @@ class Config:
         "samples.max_prompt_length + samples.max_completion_length",
         taken,
     )
+    devices.check_slots(self.samples.num_slots, self.mesh, taken)
     check_parallelism(
         self.parallelism, self.mesh.sizes(devices.num_devices() - taken)
     )

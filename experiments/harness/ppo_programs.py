@@ -14,8 +14,7 @@ import optax
 from experiments.harness.devices import PPOSharding
 from experiments.harness.parallelism import Parallelism, compile_step
 from rlhf_jax import device_mesh, sharding
-from rlhf_jax.generation import decode
-from rlhf_jax.models import functions, heads
+from rlhf_jax.models import functions
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.updates import ppo
 
@@ -51,6 +50,7 @@ def make_programs(
     mesh: jax.sharding.Mesh,
     rules: PPOSharding,
     parallelism: Parallelism,
+    generate: Callable[..., Any],
 ) -> Programs:
   """The three programs of an iteration.
 
@@ -59,10 +59,10 @@ def make_programs(
   Args:
     value_config: None where the value network shares the policy's trunk.
     state: or its shapes.
+    generate: what samples, see `decode.make_generate`.
   """
   model = functions.make_policy_value(policy_config, value_config)
   ref_model = functions.make_language_model(ref_config)
-  generate = decode.make_generate(heads.LanguageModel(policy_config))
 
   def rollout(state, batch, sampling, frozen, ahead=0):
     rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)

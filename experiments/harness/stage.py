@@ -35,6 +35,7 @@ MEMORY_FIELDS = (
     "head_chunk_size",
     "mesh",
     "num_microbatches",
+    "num_slots",
     "parallelism",
     "placement",
     "remat",

@@ -40,40 +40,45 @@ def sample_config(**changes):
       stop_tokens=(),
       stop_after=0,
       too_long="error",
+      num_slots=0,
   )
   return evaluator.SampleConfig(**fields | changes)
 
 
-def make_evaluator(policy, prompts, *, seed=0, batch_size=7, **kwargs):
+def make_evaluator(
+    policy, prompts, *, seed=0, batch_size=7, num_slots=0, **kwargs
+):
   return evaluator.Evaluator(
       policy.config,
       policy.tokenizer,
       prompts,
-      sample_config().sampling(policy.tokenizer),
+      sample_config(num_slots=num_slots),
       seed=seed,
       batch_size=batch_size,
       **kwargs,
   )
 
 
-def test_the_batch_size_changes_no_row(policy, prompts, finished_run):
+def test_neither_batch_size_nor_slots_change_a_row(
+    policy, prompts, finished_run
+):
   reward_model = models.load_reward_model(str(finished_run / "reward"))
   rows = [
       make_evaluator(
           policy,
           prompts,
-          batch_size=batch_size,
+          **sizes,
           judge=evaluator.make_judge(sources.ASSISTANT),
           reward_fn=evaluator.make_reward_fn(reward_model),
       ).rows(policy.params)
-      for batch_size in (7, 3)
+      for sizes in ({}, {"batch_size": 3}, {"num_slots": 2})
   ]
-  assert [len(x) for x in rows] == [7, 7]
-  for whole, parts in zip(*rows):
-    np.testing.assert_allclose(
-        whole.pop("score"), parts.pop("score"), rtol=1e-4, atol=1e-5
-    )
-    assert whole == parts
+  assert [len(x) for x in rows] == [7, 7, 7]
+  for whole, *others in zip(*rows):
+    score = whole.pop("score")
+    for row in others:
+      np.testing.assert_allclose(row.pop("score"), score, rtol=1e-4, atol=1e-5)
+      assert row == whole
 
 
 def test_a_seed_gives_the_same_rows_and_another_gives_others(policy, prompts):
@@ -195,15 +200,10 @@ def test_an_evaluation_that_makes_no_sense_is_refused(
 def test_a_tokenizer_of_its_own_is_no_hindrance(policy, finished_run, prompts):
   """A reward model that reads the text again agrees with itself on tokens."""
   model = models.load_reward_model(str(finished_run / "reward"))
-  sampler = make_evaluator(policy, prompts)
-  rollout = evaluator.sample_all(
-      sampler._generate,
-      policy.params,
-      prompts,
-      sample_config().sampling(policy.tokenizer),
-      jax.random.key(0),
-      7,
+  sample = evaluator.make_sampler(
+      policy.config, policy.tokenizer, sample_config(), 7
   )
+  rollout = sample(policy.params, prompts, jax.random.key(0))
   score = evaluator.make_reward_fn(model)
   same = np.asarray(score(Episodes(rollout, policy.tokenizer)))
 

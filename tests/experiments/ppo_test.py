@@ -1,6 +1,7 @@
 """PPO's parts before the loop: where its value network starts."""
 
 import dataclasses
+import string
 
 import jax
 import jax.numpy as jnp
@@ -9,12 +10,19 @@ import pytest
 
 from configs import ppo as ppo_config
 from experiments import ppo
-from experiments.harness import models, value_network
+from experiments.harness import (
+    models,
+    ppo_iteration,
+    ppo_programs,
+    value_network,
+)
 from experiments.harness.config import ConfigError, from_config
+from rlhf_jax import device_mesh, optim
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import functions
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
-from rlhf_jax.types import ScoreNormalization
+from rlhf_jax.types import PromptBatch, ScoreNormalization
+from rlhf_jax.updates.ppo import create_ppo_state
 from tests.models.small import random_params, small_config
 from tests.reference import transformer as reference
 
@@ -123,3 +131,72 @@ def test_value_network_cannot_start_from_a_model_that_reads_other_tokens():
   with pytest.raises(ConfigError, match="has another tokenizer"):
     start(reward_model, value_init="reward_model")
   assert start(reward_model, value_init="policy")[0] == POLICY_CONFIG
+
+
+def test_slots_change_no_rollout():
+  """Of one iteration: what the others train on is the same."""
+  rollouts = []
+  for num_slots in (0, 3):
+    settings = ppo_config.get_config("smoke")
+    settings.update(rollout_batch_size=8)
+    settings.samples.update(
+        max_prompt_length=LENGTH,
+        max_completion_length=6,
+        num_slots=num_slots,
+        stop_tokens=tuple(string.ascii_letters + string.punctuation),
+    )
+    config = from_config(ppo.Config, settings)
+    mesh = device_mesh.make_mesh(config.mesh)
+    tx = optim.make_optimizer(config.optimizer, config.num_updates)
+    state = create_ppo_state(
+        {"policy": POLICY.params, "value": REWARD_MODEL.params},
+        tx,
+        jax.random.key(0),
+        config.ppo,
+    )
+    programs = ppo_programs.make_programs(
+        POLICY_CONFIG,
+        POLICY_CONFIG,
+        REWARD_CONFIG,
+        tx,
+        state,
+        mesh,
+        config.sharding,
+        config.parallelism,
+        config.samples.make_generate(POLICY_CONFIG),
+    )
+    tokens = np.random.default_rng(1).integers(0, 262, (8, LENGTH))
+    prompts = PromptBatch(
+        prompts=tokens.astype(np.int32),
+        prompt_mask=np.ones((8, LENGTH), np.int32),
+        index=np.arange(8, dtype=np.int32),
+    )
+    rollouts.append(
+        programs.rollout(
+            state,
+            device_mesh.shard_rows(prompts, mesh),
+            ppo_iteration.rollout_sampling(config, TOKENIZER),
+            {},
+        )
+    )
+  whole, by_slots = rollouts
+  lengths = np.sum(whole.completion_mask, axis=1)
+  assert lengths.min() < lengths.max()
+  for name in ("prompts", "completions", "completion_mask", "ended"):
+    np.testing.assert_array_equal(
+        getattr(by_slots, name), getattr(whole, name)
+    )
+  np.testing.assert_allclose(by_slots.logprobs, whole.logprobs, atol=1e-4)
+
+
+def test_slots_are_refused_where_rows_are_split():
+  settings = ppo_config.get_config("smoke")
+  settings.samples.num_slots = 4
+  settings.mesh.data = 2
+  with pytest.raises(ConfigError, match="num_slots=4: .* over 2 devices"):
+    from_config(ppo.Config, settings)
+  settings.mesh.update(data=1, tensor=2)
+  from_config(ppo.Config, settings)
+  settings.samples.num_slots = -1
+  with pytest.raises(ConfigError, match="num_slots=-1 must be 0 or greater"):
+    from_config(ppo.Config, settings)

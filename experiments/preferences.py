@@ -23,7 +23,6 @@ from typing import Any, Literal
 
 from absl import logging
 import jax
-import numpy as np
 
 from experiments.harness import (
     checks,
@@ -66,6 +65,13 @@ class Config:
           "prompt the same: there is nothing to compare"
       )
     checks.check_ranges(self, "", {"seed": "seed", "batch_size": ">= 1"})
+    num, slots = self.num_completions, self.samples.num_slots
+    if self.batch_size < num or 0 < slots < num:
+      raise ValueError(
+          f"batch_size={self.batch_size} and, if not 0, samples.num_slots="
+          f"{slots} must be at least num_completions={num}: the completions of "
+          "a prompt start together"
+      )
 
 
 def run(config: Config, workdir: str) -> None:
@@ -115,11 +121,10 @@ def sample_groups(
   tokenizer = policy.tokenizer
   batch = evaluator.encode_prompts(prompts, tokenizer, config.samples)
   k = config.num_completions
-  repeated = jax.tree.map(lambda x: np.repeat(x, k, axis=0), batch)
   sample = evaluator.make_sampler(
-      policy.config, tokenizer, config.samples, config.batch_size
+      policy.config, tokenizer, config.samples, config.batch_size, k
   )
-  rollout = sample(policy.params, repeated, jax.random.key(seed))
+  rollout = sample(policy.params, batch, jax.random.key(seed))
   texts = tokenizer.decode_batch(
       rollout.completions, rollout.completion_mask, continues=True,
       drop_unknown=True,

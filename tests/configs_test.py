@@ -318,6 +318,25 @@ DOES_NOT_DIVIDE = [
     ("pretrain", lambda c: c.model.update(head_dim=7), "head_dim"),
     ("preferences", lambda c: c.update(num_completions=1), "at least 2"),
     (
+        "preferences",
+        lambda c: c.samples.update(num_slots=3),
+        "samples.num_slots=3 must be at least num_completions=4",
+    ),
+    ("preferences", lambda c: c.update(batch_size=3), "batch_size=3"),
+    (
+        "ppo",
+        lambda c: (c.samples.update(num_slots=4), c.mesh.update(data=2)),
+        "over 2 devices, and a refill would gather them",
+    ),
+    (
+        "sft",
+        lambda c: (
+            c.train.samples.update(num_slots=4), c.train.mesh.update(fsdp=2)
+        ),
+        "samples.num_slots=4",
+    ),
+    ("evaluate", lambda c: c.samples.update(num_slots=-1), "0 or greater"),
+    (
         "sft",
         lambda c: c.train.loop.update(log_every=4, checkpoint_every=6),
         "multiple of log_every=4",

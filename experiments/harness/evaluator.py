@@ -107,12 +107,16 @@ class SampleConfig:
         pad_id=tokenizer.pad_id,
     )
 
-  def make_generate(self, config: TransformerConfig) -> Callable[..., Rollout]:
+  def make_generate(
+      self, config: TransformerConfig, num_completions: int = 1
+  ) -> Callable[..., Rollout]:
     """What completes prompts by a model of this shape; jit it."""
     model = heads.LanguageModel(config)
     if not self.num_slots:
-      return decode.make_generate(model)
-    return engine.make_generate_many(model, self.num_slots)
+      return decode.make_generate(model, num_completions=num_completions)
+    return engine.make_generate_many(
+        model, self.num_slots, num_completions=num_completions
+    )
 
 
 def make_sampler(
@@ -120,19 +124,25 @@ def make_sampler(
     tokenizer: Tokenizer,
     samples: SampleConfig,
     batch_size: int,
+    num_completions: int = 1,
 ) -> Callable[[Any, PromptBatch, jax.Array], Rollout]:
   """(params, prompts, rng) -> completions of all, in numpy.
 
   Args:
-    batch_size: prompts that run at a time; with slots they all go into one
-      program, of which so many slots do.
+    batch_size: completions that run at a time; with slots all go into one
+      program, and as many run as there are slots.
+    num_completions: of each prompt, one after the other.
   """
-  generate = jax.jit(samples.make_generate(config))
+  generate = jax.jit(samples.make_generate(config, num_completions))
   sampling = samples.sampling(tokenizer)
 
   def sample(params, prompts, rng):
-    size = prompts.prompts.shape[0] if samples.num_slots else batch_size
-    return sample_all(generate, params, prompts, sampling, rng, size)
+    num_prompts = batch_size // num_completions
+    if samples.num_slots:
+      num_prompts = prompts.prompts.shape[0]
+    return sample_all(
+        generate, params, prompts, sampling, rng, num_prompts, num_completions
+    )
 
   return sample
 
@@ -144,26 +154,31 @@ def sample_all(
     sampling: SamplingConfig,
     rng: jax.Array,
     batch_size: int,
+    num_completions: int,
 ) -> Rollout:
-  """Completes every prompt, `batch_size` at a time; numpy arrays.
+  """Completes every prompt, `batch_size` prompts at a time; numpy arrays.
 
-  Each row's randomness is that of its place in `prompts`, so the batch size
+  Each row's randomness is that of its place among all, so the batch size
   changes nothing.
+
+  Args:
+    num_completions: what `generate` was made for.
   """
   num = prompts.prompts.shape[0]
   parts = []
   for start in range(0, num, batch_size):
     # The last batch is filled up with its first rows: one program serves all.
-    rows = np.arange(start, start + batch_size) % num
+    ids = np.arange(start, start + batch_size) % num
+    rows = ids[:, None] * num_completions + np.arange(num_completions)
     rollout = generate(
         params,
-        prompts.prompts[rows],
-        prompts.prompt_mask[rows],
+        prompts.prompts[ids],
+        prompts.prompt_mask[ids],
         rng,
         sampling,
-        jnp.asarray(rows, jnp.int32),
+        jnp.asarray(rows.reshape(-1), jnp.int32),
     )
-    keep = min(batch_size, num - start)
+    keep = min(batch_size, num - start) * num_completions
     parts.append(jax.tree.map(lambda x: x[:keep], device_mesh.to_host(rollout)))
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 

@@ -90,7 +90,9 @@ class _State(NamedTuple):
 
 
 def make_generate(
-    model: LanguageModel, is_unrolled: bool | None = None
+    model: LanguageModel,
+    is_unrolled: bool | None = None,
+    num_completions: int = 1,
 ) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
@@ -101,12 +103,17 @@ def make_generate(
     cfg: SamplingConfig; its static fields fix the program.
     rows: [B] row numbers for the random streams, 0..B-1 if None. Give a
       prompt's number in the whole set when the set is sampled in parts.
+      [B * num_completions] if there are several.
 
   Args:
     is_unrolled: layers one after another instead of one scan; see
       `transformer.unrolled` for what that spares a step and copies once. None:
       but on a TPU, where a scan copies nothing and compiles faster.
+    num_completions: of each prompt, which runs once for all of them. They are
+      rows of their own, one after the other, B * num_completions in all.
   """
+  if num_completions < 1:
+    raise ValueError(f"num_completions must be >= 1: {num_completions}")
 
   def generate(
       params,
@@ -114,15 +121,21 @@ def make_generate(
       prompt_mask: Int[Array, "B P"],
       rng: Key[Array, ""] | UInt32[Array, "2"],
       cfg: SamplingConfig,
-      rows: Int[Array, "B"] | None = None,
+      rows: Int[Array, "_"] | None = None,
   ) -> Rollout:
-    b = prompts.shape[0]
+    b = prompts.shape[0] * num_completions
     if rows is None:
       rows = jnp.arange(b, dtype=jnp.int32)
     row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
     apply, make_cache = bind(model, is_unrolled, params, prompts)
-    cache = make_cache(b, cache_length(prompts, cfg))
+    cache = make_cache(prompts.shape[0], cache_length(prompts, cfg))
     logits, cache = apply(prompts, prompt_mask, cache, last=1)
+    if num_completions > 1:
+      cache = transformer.repeat_rows(cache, num_completions)
+      logits, prompts, prompt_mask = (
+          jnp.repeat(x, num_completions, axis=0)
+          for x in (logits, prompts, prompt_mask)
+      )
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
     def unfinished(state: _State):

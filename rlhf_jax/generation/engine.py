@@ -4,12 +4,14 @@ A batch of `decode.py` runs until its longest row has ended; with rows of very
 different lengths most of it is idle most of the time. Here `num_slots` rows are
 decoded at a time, inside one compiled program:
 
-1. Once enough slots are free, the next prompts run together (a refill) and
-   their keys and values take the free slots' rows of the cache.
+1. Once enough slots are free, the next prompts run together (a refill), draw
+   their first token, and their keys and values take the free slots' rows of the
+   cache.
 2. All slots are decoded, a token a step, until the next refill is due.
 3. What a slot has drawn is written out when another prompt takes it.
 
-The cache is a ring with one column for all rows that is written next, so that a
+A slot is a row of the cache here, and a column what `Cache` calls a slot. The
+cache is a ring with one column for all rows that is written next, so that a
 step writes a slice and scatters nothing. A prompt's P columns are put right
 before that column, wherever it is, and a row's own positions say what is in its
 columns: it needs at most as many more as the ring has left, so nothing of it is
@@ -33,14 +35,14 @@ from rlhf_jax.generation import decode
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import partitioning
 from rlhf_jax.models.heads import LanguageModel
-from rlhf_jax.models.transformer import Cache
+from rlhf_jax.models.transformer import Cache, repeat_rows
 from rlhf_jax.types import Rollout
 
 
 class _Slots(NamedTuple):
   """What is being completed; B slots.
 
-  owner: the number of a slot's prompt, N if it has had none yet.
+  owner: the number of a slot's row, N if it has had none yet.
   count: how many tokens it has drawn, of which `token` is the last.
   ended: an end or stop id came.
   completions, logprobs: nothing is meant by what is behind `count`.
@@ -56,7 +58,7 @@ class _Slots(NamedTuple):
 
 
 class _Results(NamedTuple):
-  """What has been written out; N prompts."""
+  """What has been written out; N rows."""
 
   count: Int[Array, "N"]
   ended: Bool[Array, "N"]
@@ -64,17 +66,25 @@ class _Results(NamedTuple):
   logprobs: Float[Array, "N C"]
 
 
-class _Prompts(NamedTuple):
-  """All of them, each with its random stream."""
+class _Everyone(NamedTuple):
+  """All prompts, and the random streams of their rows: one or more a prompt."""
 
-  tokens: Int[Array, "N P"]
-  mask: Int[Array, "N P"]
+  prompts: Int[Array, "prompts P"]
+  prompt_mask: Int[Array, "prompts P"]
   rngs: Key[Array, "N"] | UInt32[Array, "N 2"]
 
-  def take(self, ids: Int[Array, "n"]) -> "_Prompts":
-    """Those of these numbers, the last one where there is none such."""
-    ids = jnp.minimum(ids, self.tokens.shape[0] - 1)
-    return _Prompts(*(x[ids] for x in self))
+  @property
+  def num_rows(self) -> int:
+    return self.rngs.shape[0]
+
+  @property
+  def num_completions(self) -> int:
+    """Rows of a prompt, one after the other."""
+    return self.num_rows // self.prompts.shape[0]
+
+  def rngs_of(self, rows: Int[Array, "_"]):
+    """Of these rows, and of any where there is none of that number."""
+    return self.rngs[jnp.minimum(rows, self.num_rows - 1)]
 
 
 def make_generate_many(
@@ -82,6 +92,7 @@ def make_generate_many(
     num_slots: int,
     refill_size: int | None = None,
     is_unrolled: bool | None = None,
+    num_completions: int = 1,
 ) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
@@ -91,62 +102,65 @@ def make_generate_many(
 
   Args:
     num_slots: rows that are decoded at a time, and that the cache has.
-    refill_size: prompts that run together as slots become free; the last ones
-      do not wait to be as many. Large ones leave slots idle until enough are
-      free, small ones read all weights for a few prompts. None: a quarter of
-      the slots. With num_slots / k and completions of mean length c, idle slots
-      cost about 1 / 2k of a step and reading the weights k / c of one, least at
-      k = sqrt(c / 2): 4 at 32 tokens, 11 at 256, and nearly as good around it.
-    is_unrolled: see `decode.make_generate`.
+    refill_size: prompts that run together once there are slots for them; the
+      last ones do not wait to be as many. None: a quarter of the slots. Of a
+      k-th of them, 1 / 2k idle while they wait; and every c / k steps, with
+      completions of mean length c, the weights are read once more, as a step
+      reads them. Both together are least at k = sqrt(c / 2), which is 4 at 32
+      tokens and 11 at 256, and little more around it.
+    is_unrolled, num_completions: see `decode.make_generate`. All completions of
+      a prompt start together.
   """
   if num_slots < 1:
     raise ValueError(f"num_slots must be >= 1: {num_slots}")
+  at_once = decode.make_generate(model, is_unrolled, num_completions)
   if refill_size is None:
-    refill_size = max(1, num_slots // 4)
-  if not 1 <= refill_size <= num_slots:
+    refill_size = max(1, num_slots // (4 * num_completions))
+  if not 1 <= refill_size <= num_slots // num_completions:
     raise ValueError(
-        f"refill_size={refill_size} must be from 1 to num_slots={num_slots}"
+        f"refill_size={refill_size} prompts of {num_completions} completions "
+        f"each must be at least 1 and fit into num_slots={num_slots}"
     )
-  at_once = decode.make_generate(model, is_unrolled)
 
   def generate(
       params,
-      prompts: Int[Array, "N P"],
-      prompt_mask: Int[Array, "N P"],
+      prompts: Int[Array, "prompts P"],
+      prompt_mask: Int[Array, "prompts P"],
       rng: Key[Array, ""] | UInt32[Array, "2"],
       cfg: SamplingConfig,
       rows: Int[Array, "N"] | None = None,
   ) -> Rollout:
-    n = prompts.shape[0]
+    num_prompts = prompts.shape[0]
+    n = num_prompts * num_completions
     if n <= num_slots:
       return at_once(params, prompts, prompt_mask, rng, cfg, rows)
     if rows is None:
       rows = jnp.arange(n, dtype=jnp.int32)
     rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-    everyone = _Prompts(prompts, prompt_mask, rngs)
+    everyone = _Everyone(prompts, prompt_mask, rngs)
     apply, make_cache = decode.bind(model, is_unrolled, params, prompts)
     cache = make_cache(num_slots, decode.cache_length(prompts, cfg))
     refill = functools.partial(
         _refill, apply, make_cache, everyone, refill_size, cfg
     )
-    advance = functools.partial(_advance, apply, everyone.rngs, cfg)
+    advance = functools.partial(_advance, apply, everyone, cfg)
 
     def fill_and_decode(state):
       start, slots, results = state
       slots, results = refill(slots, results, start)
-      waiting = jnp.maximum(n - start - refill_size, 0)
+      waiting = jnp.maximum(num_prompts - start - refill_size, 0)
+      wanted = jnp.minimum(waiting, refill_size) * num_completions
 
       def goes_on(slots: _Slots):
         live = _is_live(slots, n, cfg)
-        num_free = num_slots - jnp.sum(live)
-        is_due = num_free >= jnp.minimum(waiting, refill_size)
-        return jnp.any(live) & ((waiting == 0) | ~is_due)
+        is_due = (wanted > 0) & (num_slots - jnp.sum(live) >= wanted)
+        return jnp.any(live) & ~is_due
 
       slots = jax.lax.while_loop(goes_on, advance, slots)
-      return n - waiting, slots, results
+      return num_prompts - waiting, slots, results
 
     _, slots, results = jax.lax.while_loop(
-        lambda state: state[0] < n,
+        lambda state: state[0] < num_prompts,
         fill_and_decode,
         (jnp.int32(0), _free_slots(cache, n, cfg), _no_results(n, cfg)),
     )
@@ -188,7 +202,7 @@ def _is_live(slots: _Slots, n: int, cfg: SamplingConfig) -> Bool[Array, "B"]:
 def _refill(
     apply: Callable[..., Any],
     make_cache: Callable[[int, int], Cache],
-    everyone: _Prompts,
+    everyone: _Everyone,
     refill_size: int,
     cfg: SamplingConfig,
     slots: _Slots,
@@ -199,23 +213,29 @@ def _refill(
 
   There are enough of both, or fewer prompts: then the rest goes nowhere.
   """
-  n, p = everyone.tokens.shape
+  num_prompts, p = everyone.prompts.shape
+  n, k = everyone.num_rows, everyone.num_completions
   b = slots.owner.shape[0]
-  ids = start + jnp.arange(refill_size, dtype=jnp.int32)
+  rows = start * k + jnp.arange(refill_size * k, dtype=jnp.int32)
   free = ~_is_live(slots, n, cfg)
-  (places,) = jnp.nonzero(free, size=refill_size, fill_value=b)
-  places = jnp.where(ids < n, places, b)
+  (places,) = jnp.nonzero(free, size=refill_size * k, fill_value=b)
+  places = jnp.where(rows < n, places, b)
   results = _write_out(results, slots, places)
 
-  mine = everyone.take(ids)
+  ids = start + jnp.arange(refill_size, dtype=jnp.int32)
+  ids = jnp.minimum(ids, num_prompts - 1)
   logits, cache = apply(
-      mine.tokens, mine.mask, make_cache(refill_size, p), last=1
+      everyone.prompts[ids],
+      everyone.prompt_mask[ids],
+      make_cache(refill_size, p),
+      last=1,
   )
-  first = jnp.zeros((refill_size,), jnp.int32)
-  drawn = decode.draw(logits[:, 0], mine.rngs, first, cfg)
+  logits, cache = jnp.repeat(logits, k, axis=0), repeat_rows(cache, k)
+  first = jnp.zeros_like(rows)
+  drawn = decode.draw(logits[:, 0], everyone.rngs_of(rows), first, cfg)
   put = lambda whole, x: whole.at[places].set(x, mode="drop")
   slots = slots._replace(
-      owner=put(slots.owner, ids),
+      owner=put(slots.owner, rows),
       count=put(slots.count, first + 1),
       token=put(slots.token, drawn.token),
       ended=put(slots.ended, drawn.ends),
@@ -256,18 +276,17 @@ def _put_rows(
 
 def _advance(
     apply: Callable[..., Any],
-    rngs: Key[Array, "N"] | UInt32[Array, "N 2"],
+    everyone: _Everyone,
     cfg: SamplingConfig,
     slots: _Slots,
 ) -> _Slots:
   """One more token in every slot that has one to draw."""
-  n = rngs.shape[0]
-  live = _is_live(slots, n, cfg)
+  live = _is_live(slots, everyone.num_rows, cfg)
   real = live.astype(jnp.int32)
   logits, cache = apply(slots.token[:, None], real[:, None], slots.cache)
   size = cache.positions.shape[1]
-  own_rngs = rngs[jnp.minimum(slots.owner, n - 1)]
-  drawn = decode.draw(logits[:, 0], own_rngs, slots.count, cfg)
+  rngs = everyone.rngs_of(slots.owner)
+  drawn = decode.draw(logits[:, 0], rngs, slots.count, cfg)
   # Columns differ between rows: a choice costs less than a scatter.
   column = jnp.arange(cfg.max_new_tokens, dtype=jnp.int32)
   is_here = live[:, None] & (column[None] == slots.count[:, None])
@@ -295,13 +314,14 @@ def _write_out(
 
 
 def _rollout(
-    results: _Results, everyone: _Prompts, cfg: SamplingConfig
+    results: _Results, everyone: _Everyone, cfg: SamplingConfig
 ) -> Rollout:
   column = jnp.arange(cfg.max_new_tokens, dtype=jnp.int32)
   mask = column[None] < results.count[:, None]
+  again = lambda x: jnp.repeat(x, everyone.num_completions, axis=0)
   return Rollout(
-      prompts=everyone.tokens,
-      prompt_mask=everyone.mask,
+      prompts=again(everyone.prompts),
+      prompt_mask=again(everyone.prompt_mask),
       completions=jnp.where(mask, results.completions, cfg.pad_id),
       completion_mask=mask.astype(jnp.int32),
       logprobs=jnp.where(mask, results.logprobs, 0.0),

@@ -27,6 +27,7 @@ projection adds what an adapter has for it, see `lora.py`.
 """
 
 from collections.abc import Mapping
+import dataclasses
 import functools
 from typing import Any
 
@@ -96,6 +97,17 @@ def init_cache(
       positions=jnp.full((batch_size, length), -1, jnp.int32),
       index=jnp.zeros((), jnp.int32),
       empty=True,
+  )
+
+
+def repeat_rows(cache: Cache, times: int) -> Cache:
+  """Each row so many times, one after the other, as jnp.repeat does."""
+  again = lambda x, axis: jnp.repeat(x, times, axis=axis)
+  return dataclasses.replace(
+      cache,
+      # [..., B, J, S, K]
+      layers=jax.tree.map(lambda x: again(x, x.ndim - 4), cache.layers),
+      positions=again(cache.positions, 0),
   )
 
 

@@ -81,6 +81,23 @@ def test_neither_batch_size_nor_slots_change_a_row(
       assert row == whole
 
 
+@pytest.mark.parametrize("sizes", [{}, {"num_slots": 4}])
+def test_completions_of_a_prompt_are_those_of_its_repetitions(
+    policy, prompts, sizes
+):
+  """In batches of 2 prompts (7 completions hold no third), and in slots."""
+  make = lambda *args, **fields: evaluator.make_sampler(
+      policy.config, policy.tokenizer, sample_config(**fields), *args
+  )
+  rng = jax.random.key(0)
+  together = make(7, 3, **sizes)(policy.params, prompts, rng)
+  repeated = jax.tree.map(lambda x: np.repeat(x, 3, axis=0), prompts)
+  apart = make(21)(policy.params, repeated, rng)
+  np.testing.assert_allclose(together.logprobs, apart.logprobs, atol=1e-4)
+  for name in ("prompts", "completions", "completion_mask", "ended"):
+    np.testing.assert_array_equal(getattr(together, name), getattr(apart, name))
+
+
 def test_a_seed_gives_the_same_rows_and_another_gives_others(policy, prompts):
   sampler = make_evaluator(policy, prompts)
   first = sampler.rows(policy.params)

@@ -141,6 +141,22 @@ def test_what_the_compiler_refuses_is_told_with_its_numbers(
     assert "the compiler needs 23.5 GiB a chip" in text
 
 
+def test_slots_have_no_plan(tmp_path):
+  config = small(write_shape(tmp_path / "model"))
+  config.samples.num_slots = 8
+  options = binary.Options(
+      topology="",
+      num_episodes=0,
+      workdir=str(tmp_path),
+      cache_dir=str(tmp_path),
+      sweep_meshes=False,
+      sweep_limit=0,
+      measure=False,
+  )
+  with pytest.raises(binary.cli.UserError, match="num_slots=8: .* set it to 0"):
+    binary.write_plan(config, "tiny", options)
+
+
 def test_another_program_is_not_found_in_the_cache(tmp_path, target):
   config = from_config(ppo.Config, small(write_shape(tmp_path / "model")))
   mesh = device_mesh.make_mesh(config.mesh, target.devices)

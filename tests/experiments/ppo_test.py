@@ -187,16 +187,3 @@ def test_slots_change_no_rollout():
         getattr(by_slots, name), getattr(whole, name)
     )
   np.testing.assert_allclose(by_slots.logprobs, whole.logprobs, atol=1e-4)
-
-
-def test_slots_are_refused_where_rows_are_split():
-  settings = ppo_config.get_config("smoke")
-  settings.samples.num_slots = 4
-  settings.mesh.data = 2
-  with pytest.raises(ConfigError, match="num_slots=4: .* over 2 devices"):
-    from_config(ppo.Config, settings)
-  settings.mesh.update(data=1, tensor=2)
-  from_config(ppo.Config, settings)
-  settings.samples.num_slots = -1
-  with pytest.raises(ConfigError, match="num_slots=-1 must be 0 or greater"):
-    from_config(ppo.Config, settings)

@@ -9,9 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import device_mesh, sharding
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.generation.engine import make_generate_many
-from rlhf_jax.models import lora
+from rlhf_jax.models import lora, partitioning
 from tests.models.small import (
   VARIANTS,
   random_tokens,
@@ -123,6 +125,21 @@ def test_row_follows_its_number_not_its_slot_or_time():
   assert (other.completions != whole.completions).any()
 
 
+@pytest.mark.parametrize(
+    "options", [{}, {"num_slots": 7}, {"num_slots": 7, "refill_size": 2}]
+)
+def test_completions_of_one_prompt_share_its_run(options):
+  model, params, generate = _model("window")
+  prompts, mask, rng, cfg = _args()
+  again = lambda x: jnp.repeat(x, 3, axis=0)
+  expected = generate(params, again(prompts), again(mask), rng, cfg)
+  make = make_generate_many if options else make_generate
+  shared = jax.jit(
+      make(model, is_unrolled=False, num_completions=3, **options)
+  )
+  _assert_same(shared(params, prompts, mask, rng, cfg), expected)
+
+
 def test_an_adapter_counts():
   model, params, generate = _model()
   adapter = lora.init(
@@ -138,6 +155,19 @@ def test_an_adapter_counts():
   _assert_same(_many()(adapted, *_args()), expected)
   without = generate(params, *_args())
   assert (without.completions != expected.completions).any()
+
+
+def test_heads_split_over_devices_change_nothing():
+  model, params = small_language_model(vocab_size=20, **VARIANTS["window"])
+  mesh = device_mesh.make_mesh(MeshConfig(tensor=2), jax.devices()[:2])
+  split = sharding.place(params, partitioning.POLICY_RULES, mesh)
+  prompts, mask, rng, cfg = _args()
+  many = jax.jit(make_generate_many(model, 4, is_unrolled=False))
+  rows = device_mesh.put_rows((prompts, mask), mesh)
+  expected = jax.jit(make_generate(model, is_unrolled=False))(
+      params, prompts, mask, rng, cfg
+  )
+  _assert_same(many(split, *rows, rng, cfg), expected)
 
 
 def test_nothing_is_left_of_who_had_the_slot_before():
@@ -276,9 +306,12 @@ def test_the_last_prompts_do_not_wait_to_be_as_many_as_a_refill():
         ({"num_slots": 0}, "num_slots must be >= 1: 0"),
         (
             {"num_slots": 4, "refill_size": 5},
-            "refill_size=5 must be from 1 to num_slots=4",
+            "refill_size=5 prompts of 1 completions each must be at least 1 "
+            "and fit into num_slots=4",
         ),
-        ({"num_slots": 4, "refill_size": 0}, "refill_size=0 must be from 1"),
+        ({"num_slots": 4, "refill_size": 0}, "refill_size=0 .* at least 1"),
+        ({"num_slots": 4, "num_completions": 5}, "fit into num_slots=4"),
+        ({"num_slots": 4, "num_completions": 0}, "num_completions must be >="),
     ],
 )
 def test_sizes_that_make_no_sense_are_refused(fields, message):

@@ -101,22 +101,10 @@ PEERS = (
         needs=(*_TORCH, Need(package="trl", least="0.29", below="1.13")),
     ),
     Peer(
-        name="TRL GRPOTrainer",
-        measure="ppo",
-        work="trl_grpo:grpo",
-        needs=(*_TORCH, Need(package="trl", least="1.16")),
-    ),
-    Peer(
         name="torch loop",
         measure="ppo",
         work="torch_ppo:ppo",
         needs=_TORCH,
-    ),
-    Peer(
-        name="tunix PPO",
-        measure="ppo",
-        work="tunix_ppo:ppo",
-        needs=(Need(package="google-tunix"),),
     ),
 )
 

@@ -52,6 +52,7 @@ from experiments.harness.benchmark_report import Line
 from experiments.harness.benchmark_timing import (
     Compilations,
     Measure,
+    Part,
     PeakMemory,
 )
 
@@ -236,12 +237,15 @@ def _own_lines(config, ours: Measure, times, limits, process) -> list[Line]:
 
 
 def _peer_lines(config, ours, peer, worker, times, failed) -> list[Line]:
+  parts = ours.parts
+  if peer.part:
+    parts = (Part(name=peer.part, unit="s", amount=None),)
   reason = failed[peer.name] if peer.name in failed else ""
   if isinstance(worker, PeerError):
     reason = str(worker)
   if reason:
     return [
-        benchmark_report.skipped(config.size, peer.name, ours.parts[0], reason)
+        benchmark_report.skipped(config.size, peer.name, parts[0], reason)
     ]
   found = times[peer.name]
   return [
@@ -252,7 +256,7 @@ def _peer_lines(config, ours, peer, worker, times, failed) -> list[Line]:
           [x[part.name] for x in found],
           peer_versions=worker.versions,
       )
-      for part in ours.parts
+      for part in parts
       if part.name in found[0]
   ]
 

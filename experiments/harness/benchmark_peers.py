@@ -50,12 +50,14 @@ class Peer:
   """name: as told; measure: that it takes part in.
 
   work: module of `harness/peers` and its argument, 'module:argument'.
+  part: what it does, in seconds, where that is none of the measure's parts.
   """
 
   name: str
   measure: str
   work: str
   needs: tuple[Need, ...]
+  part: str = ""
 
 
 _TORCH = (Need(package="torch"), Need(package="transformers"))
@@ -105,6 +107,19 @@ PEERS = (
         measure="ppo",
         work="torch_ppo:ppo",
         needs=_TORCH,
+    ),
+    Peer(
+        name="TRL GRPOTrainer",
+        measure="ppo",
+        part="grpo",
+        work="trl_grpo:grpo",
+        needs=(*_TORCH, Need(package="trl", least="1.16")),
+    ),
+    Peer(
+        name="tunix PPO",
+        measure="ppo",
+        work="tunix_ppo:ppo",
+        needs=(Need(package="google-tunix"),),
     ),
 )
 

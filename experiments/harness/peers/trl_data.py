@@ -1,5 +1,6 @@
-"""What TRL's trainers ask for beside a model: a tokenizer, data, arguments."""
+"""What TRL's trainers ask for beside a model, and how they are stopped."""
 
+from collections.abc import Callable
 import tempfile
 from typing import Any
 
@@ -53,3 +54,25 @@ def arguments(job: dict[str, Any], batch_size: int) -> dict[str, Any]:
       logging_strategy="no",
       disable_tqdm=True,
   )
+
+
+class WaitAtStep(transformers.TrainerCallback):
+  """Has a trainer call `wait` once in so many optimizer steps.
+
+  at_end: at their end, and not before they begin.
+  """
+
+  def __init__(
+      self, wait: Callable[[], None], at_end: bool = False, every: int = 1
+  ):
+    self._wait, self._at_end, self._every = wait, at_end, every
+
+  def on_step_begin(self, args, state, control, **kwargs) -> None:
+    """Of an optimizer step."""
+    if not self._at_end and state.global_step % self._every == 0:
+      self._wait()
+
+  def on_step_end(self, args, state, control, **kwargs) -> None:
+    """Of an optimizer step, or of PPO's whole iteration."""
+    if self._at_end and state.global_step % self._every == 0:
+      self._wait()

@@ -7,7 +7,8 @@ import datasets
 import trl
 
 from experiments.harness.peers import torch_models, trl_data
-from experiments.harness.peers.turns import Turns, WaitAtStep
+from experiments.harness.peers.trl_data import WaitAtStep
+from experiments.harness.peers.turns import Turns
 
 
 def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:

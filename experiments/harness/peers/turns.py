@@ -10,8 +10,6 @@ import threading
 import time
 from typing import Any
 
-import transformers
-
 
 class Turns:
   """train() is to call `wait` once a step, before or after its work."""
@@ -57,20 +55,3 @@ class Turns:
   def _check(self) -> None:
     if self._error is not None:
       raise RuntimeError(f"its loop broke off: {self._error}") from self._error
-
-
-class WaitAtStep(transformers.TrainerCallback):
-  """Has a Trainer call `wait` at the beginning, or at the end, of its steps."""
-
-  def __init__(self, wait: Callable[[], None], at_end: bool = False):
-    self._wait, self._at_end = wait, at_end
-
-  def on_step_begin(self, *args, **kwargs) -> None:
-    """Of an optimizer step."""
-    if not self._at_end:
-      self._wait()
-
-  def on_step_end(self, *args, **kwargs) -> None:
-    """Of an optimizer step, or of PPO's whole iteration."""
-    if self._at_end:
-      self._wait()

@@ -360,13 +360,21 @@ def test_a_worker_that_fails_tells_why():
     Worker(peer("no_such_module:x"), sys.executable, micro())
 
 
-def test_a_worker_takes_its_turns(monkeypatch, tmp_path):
+@pytest.fixture
+def fake_peers(monkeypatch, tmp_path):
+  """A folder of peers with the real worker, for what no test has installed."""
   package = tmp_path / "fake_peers"
   package.mkdir()
-  (package / "__init__.py").write_text("")
-  worker = benchmark_peers._REPO / "experiments/harness/peers/worker.py"
-  (package / "worker.py").write_text(worker.read_text())
-  (package / "counts.py").write_text(
+  real = benchmark_peers._REPO / "experiments/harness/peers"
+  for name in ("__init__.py", "worker.py", "turns.py"):
+    (package / name).write_text((real / name).read_text())
+  monkeypatch.setattr(benchmark_peers, "_WORKER", "fake_peers.worker")
+  monkeypatch.setattr(benchmark_peers, "_REPO", tmp_path)
+  return package
+
+
+def test_a_worker_takes_its_turns(fake_peers):
+  (fake_peers / "counts.py").write_text(
       "def make(argument, job):\n"
       "  print('noise of a library')\n"
       "  calls = []\n"
@@ -376,8 +384,6 @@ def test_a_worker_takes_its_turns(monkeypatch, tmp_path):
       "    return {argument: len(calls) * job['batch_size']}\n"
       "  return run\n"
   )
-  monkeypatch.setattr(benchmark_peers, "_WORKER", "fake_peers.worker")
-  monkeypatch.setattr(benchmark_peers, "_REPO", tmp_path)
   one = Worker(peer("counts:sft"), sys.executable, micro())
   # It has warmed up once.
   assert [one.run(), one.run()] == [{"sft": 4}, {"sft": 6}]
@@ -385,6 +391,27 @@ def test_a_worker_takes_its_turns(monkeypatch, tmp_path):
     one.run()
   one.close()
   assert one._process.returncode == 0
+
+
+def test_a_trainers_own_loop_takes_its_turns(fake_peers):
+  (fake_peers / "trainer.py").write_text(
+      "import time\n"
+      "from fake_peers.turns import Loop\n"
+      "def make(argument, job):\n"
+      "  def train():\n"
+      "    for step in range(3 + job['warmups']):\n"
+      "      loop.wait()\n"
+      "      time.sleep(0.1 * step)\n"
+      "  loop = Loop(argument, train, lambda: None)\n"
+      "  return loop\n"
+  )
+  one = Worker(peer("trainer:sft"), sys.executable, micro())
+  # Step 0 was its warm-up, and 3 has no step after it that would tell its end.
+  first, second = one.run()["sft"], one.run()["sft"]
+  assert 0.1 <= first < second and second >= 0.2
+  with pytest.raises(PeerError, match="its loop has no more steps"):
+    one.run()
+  one.close()
 
 
 def test_turns_are_taken_one_by_one_and_a_broken_peer_ends_alone():

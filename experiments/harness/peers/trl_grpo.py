@@ -4,7 +4,6 @@ Another algorithm than PPO, so it is told by its own name and compared with
 nothing. One minibatch is one optimizer step, and a reward model scores.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -12,12 +11,12 @@ import trl
 
 from experiments.harness.peers import torch_models, trl_data
 from experiments.harness.peers.trl_data import WaitAtStep
-from experiments.harness.peers.turns import Turns
+from experiments.harness.peers.turns import Loop
 
 _COMPLETIONS_A_PROMPT = 4
 
 
-def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
+def make(argument: str, job: dict[str, Any]) -> Loop:
   """'grpo': rollout, scores and all epochs a turn."""
   if argument != "grpo":
     raise ValueError(f"trl_grpo knows grpo, not {argument!r}")
@@ -45,6 +44,6 @@ def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
       processing_class=tokenizer,
       reward_processing_classes=tokenizer,
   )
-  turns = Turns(trainer.train, torch_models.wait)
-  trainer.add_callback(WaitAtStep(turns.wait, every=steps))
-  return lambda: {"grpo": turns.turn()}
+  loop = Loop("grpo", trainer.train, torch_models.wait)
+  trainer.add_callback(WaitAtStep(loop.wait, every=steps))
+  return loop

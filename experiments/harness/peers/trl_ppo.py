@@ -3,7 +3,6 @@
 As many optimizer steps as ours: a minibatch is one of them, in one piece.
 """
 
-from collections.abc import Callable
 import importlib
 from typing import Any
 
@@ -12,10 +11,10 @@ import trl
 
 from experiments.harness.peers import torch_models, trl_data
 from experiments.harness.peers.trl_data import WaitAtStep
-from experiments.harness.peers.turns import Turns
+from experiments.harness.peers.turns import Loop
 
 
-def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
+def make(argument: str, job: dict[str, Any]) -> Loop:
   """'ppo': rollout, scores and all epochs a turn."""
   if argument != "ppo":
     raise ValueError(f"trl_ppo knows ppo, not {argument!r}")
@@ -47,7 +46,7 @@ def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
       train_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
       eval_dataset=datasets.Dataset.from_dict({"input_ids": rows}),
   )
-  turns = Turns(trainer.train, torch_models.wait)
-  # The first turn is warm-up, and waits at the end of the first iteration.
-  trainer.add_callback(WaitAtStep(turns.wait, at_end=True))
-  return lambda: {"ppo": turns.turn()}
+  loop = Loop("ppo", trainer.train, torch_models.wait)
+  # It tells no beginnings: the first turn is the second iteration.
+  trainer.add_callback(WaitAtStep(loop.wait, at_end=True))
+  return loop

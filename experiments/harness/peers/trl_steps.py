@@ -1,6 +1,5 @@
 """Steps of TRL's SFT, reward and DPO trainers, in their own loops."""
 
-from collections.abc import Callable
 from typing import Any
 
 import datasets
@@ -8,16 +7,16 @@ import trl
 
 from experiments.harness.peers import torch_models, trl_data
 from experiments.harness.peers.trl_data import WaitAtStep
-from experiments.harness.peers.turns import Turns
+from experiments.harness.peers.turns import Loop
 
 
-def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
+def make(argument: str, job: dict[str, Any]) -> Loop:
   """'sft', 'reward' or 'dpo': one optimizer step a turn."""
   makers = {"sft": _sft, "reward": _reward, "dpo": _dpo}
   trainer = makers[argument](job)
-  turns = Turns(trainer.train, torch_models.wait)
-  trainer.add_callback(WaitAtStep(turns.wait))
-  return lambda: {argument: turns.turn()}
+  loop = Loop(argument, trainer.train, torch_models.wait)
+  trainer.add_callback(WaitAtStep(loop.wait))
+  return loop
 
 
 def _num_steps(job: dict[str, Any]) -> int:

@@ -4,7 +4,7 @@ Its models are of the same sizes but have heads of their own, and it samples a
 minibatch, trains its epochs on that and goes on to the next.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from flax import nnx
@@ -17,7 +17,7 @@ from tunix.rl import utils as rl_utils
 from tunix.rl.ppo import ppo_learner
 from tunix.rl.rollout import base_rollout
 
-from experiments.harness.peers.turns import Turns
+from experiments.harness.peers.turns import Loop
 
 
 class _Tokenizer:
@@ -47,7 +47,7 @@ class _Tokenizer:
     return self._vocab_size - 1
 
 
-def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
+def make(argument: str, job: dict[str, Any]) -> Loop:
   """'ppo': all minibatches of one batch of prompts a turn."""
   if argument != "ppo" or job["model"]["model_type"] != "llama":
     raise ValueError(
@@ -92,12 +92,12 @@ def make(argument: str, job: dict[str, Any]) -> Callable[[], dict[str, float]]:
   )
   # All that a turn gave out is waited for by asking for the params.
   finish = lambda: jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
-  turns = Turns(lambda: learner.train(_batches(job, num, turns)), finish)
-  return lambda: {"ppo": turns.turn()}
+  loop = Loop("ppo", lambda: learner.train(_batches(job, num, loop)), finish)
+  return loop
 
 
 def _batches(
-    job: dict[str, Any], num: int, turns: Turns
+    job: dict[str, Any], num: int, loop: Loop
 ) -> Iterator[dict[str, np.ndarray]]:
   """The same prompts again and again, each time when it is its turn."""
   rng = np.random.default_rng(0)
@@ -105,7 +105,7 @@ def _batches(
   ids = rng.integers(1, highest, (num, job["prompt_length"]))
   prompts = np.asarray([" ".join(map(str, row)) for row in ids])
   while True:
-    turns.wait()
+    loop.wait()
     yield {"prompts": prompts}
 
 

@@ -1,57 +1,44 @@
 """A trainer's own loop, one step a turn.
 
-Trainers have loops that cannot be called a step at a time. So the loop runs in
-a thread of its own and waits, at one place of every step, until its next turn.
-A turn is all from one such place to the next, data and logging included.
+Trainers have loops that cannot be called a step at a time. So such a peer has
+its loop call `wait` at one place of every step, and the worker lets it go on
+when it is its turn. A turn is all from one such place to the next, data and
+logging included. Nothing has a thread of its own, which a library might mind.
 """
 
 from collections.abc import Callable
-import threading
 import time
 from typing import Any
 
 
-class Turns:
-  """train() is to call `wait` once a step, before or after its work."""
+class Loop:
+  """What a peer's `make` gives instead of a function for one turn.
 
-  def __init__(self, train: Callable[[], Any], finish: Callable[[], Any]):
-    self._train, self._finish = train, finish
-    self._go, self._done = threading.Semaphore(0), threading.Semaphore(0)
-    self._error: BaseException | None = None
-    self._thread = threading.Thread(target=self._run, daemon=True)
+  part: what a turn's seconds are of.
+  train: the loop, which calls `wait` once a turn.
+  finish: waits for what the device was given.
+  """
+
+  def __init__(
+      self, part: str, train: Callable[[], Any], finish: Callable[[], Any]
+  ):
+    self.part, self._train, self._finish = part, train, finish
+    self._next: Callable[[float | None], None] | None = None
+    self._start: float | None = None
 
   def wait(self) -> None:
     """In the loop: until it is its turn again."""
-    self._done.release()
-    self._go.acquire()
+    self._finish()
+    now = time.perf_counter()
+    self._next(None if self._start is None else now - self._start)
+    self._start = time.perf_counter()
 
-  def turn(self) -> float:
-    """Seconds of the next turn.
+  def run(self, next_turn: Callable[[float | None], None]) -> None:
+    """Trains; before each turn, next_turn(seconds of the one before it).
 
     Raises:
-      RuntimeError: the loop ended or broke.
+      RuntimeError: the loop ended by itself.
     """
-    if not self._thread.is_alive() and self._error is None:
-      self._thread.start()
-      self._done.acquire()  # It has come to its first step.
-      self._check()
-    self._finish()
-    start = time.perf_counter()
-    self._go.release()
-    self._done.acquire()
-    self._finish()
-    seconds = time.perf_counter() - start
-    self._check()
-    return seconds
-
-  def _run(self) -> None:
-    try:
-      self._train()
-      self._error = RuntimeError("its loop has no more steps")
-    except BaseException as error:  # pylint: disable=broad-except
-      self._error = error
-    self._done.release()
-
-  def _check(self) -> None:
-    if self._error is not None:
-      raise RuntimeError(f"its loop broke off: {self._error}") from self._error
+    self._next = next_turn
+    self._train()
+    raise RuntimeError("its loop has no more steps")

@@ -32,19 +32,36 @@ def main(work: str) -> None:
     job = json.loads(sys.stdin.readline())
     module, _, argument = work.partition(":")
     module = importlib.import_module(f"{__package__}.{module}")
-    run = module.make(argument, job)
+    made = module.make(argument, job)
+    if not callable(made):  # It is a `turns.Loop`.
+      _run_loop(made, job["warmups"], answer)
     for _ in range(job["warmups"]):
-      run()
+      made()
     answer(ready=_versions())
     for _ in sys.stdin:
-      answer(seconds=run())
+      answer(seconds=made())
   except Exception as error:  # pylint: disable=broad-except
     # Whatever it is, it is told in the result: the others are still measured.
     traceback.print_exc()
     answer(error=f"{type(error).__name__}: {error}".splitlines()[0])
-  answers.flush()
-  # A trainer that waits for its turn in another thread does not end by itself.
-  os._exit(0)
+
+
+def _run_loop(loop, num_warmups: int, answer) -> None:
+  """The same as a function's turns, for what calls back between them."""
+  num_turns = 0
+
+  def next_turn(seconds):
+    nonlocal num_turns
+    if seconds is not None:
+      num_turns += 1
+    if num_turns == num_warmups:
+      answer(ready=_versions())
+    elif num_turns > num_warmups:
+      answer(seconds={loop.part: seconds})
+    if num_turns >= num_warmups and not sys.stdin.readline():
+      os._exit(0)  # From within a trainer there is no other way out.
+
+  loop.run(next_turn)
 
 
 def _versions() -> dict[str, str]:

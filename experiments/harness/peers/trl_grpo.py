@@ -4,6 +4,7 @@ Another algorithm than PPO, so it is told by its own name and compared with
 nothing. One minibatch is one optimizer step, and a reward model scores.
 """
 
+import tempfile
 from typing import Any
 
 import datasets
@@ -26,7 +27,7 @@ def make(argument: str, job: dict[str, Any]) -> Loop:
   tokenizer = trl_data.tokenizer(job)
   rows = trl_data.rows(job, num, job["prompt_length"])
   trainer = trl.GRPOTrainer(
-      model=torch_models.language_model(job, "float32"),
+      model=_saved(torch_models.language_model(job, "float32")),
       reward_funcs=torch_models.scalar_model(job),
       args=trl.GRPOConfig(
           **trl_data.arguments(job, num // minibatches),
@@ -47,3 +48,10 @@ def make(argument: str, job: dict[str, Any]) -> Loop:
   loop = Loop("grpo", trainer.train, torch_models.wait)
   trainer.add_callback(WaitAtStep(loop.wait, every=steps))
   return loop
+
+
+def _saved(model: Any) -> Any:
+  """The model as read from a folder: the reference is read from there too."""
+  folder = tempfile.mkdtemp()
+  model.save_pretrained(folder)
+  return type(model).from_pretrained(folder, dtype=model.dtype)

@@ -54,7 +54,12 @@ def make(argument: str, job: dict[str, Any]) -> Loop:
         f"tunix has Llama's shape, not {job['model']['model_type']}'s"
     )
   num, size = job["num_prompts"], job["num_prompts"] // job["num_minibatches"]
-  mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), devices=jax.devices()[:1])
+  mesh = jax.make_mesh(
+      (1, 1),
+      ("fsdp", "tp"),
+      axis_types=(jax.sharding.AxisType.Auto,) * 2,
+      devices=jax.devices()[:1],
+  )
   optimizer = lambda: optax.chain(
       optax.clip_by_global_norm(1.0), optax.adamw(job["learning_rate"])
   )

@@ -47,6 +47,16 @@ class _Tokenizer:
     return self._vocab_size - 1
 
 
+class _Llama(llama.Llama3):
+  """Also takes what its learner gives every model, packing, which is not used.
+  """
+
+  def __call__(
+      self, input_tokens, positions, cache, attention_mask, segment_ids=None
+  ):
+    return super().__call__(input_tokens, positions, cache, attention_mask)
+
+
 def make(argument: str, job: dict[str, Any]) -> Loop:
   """'ppo': all minibatches of one batch of prompts a turn."""
   if argument != "ppo" or job["model"]["model_type"] != "llama":
@@ -96,7 +106,10 @@ def make(argument: str, job: dict[str, Any]) -> Loop:
       ),
   )
   # All that a turn gave out is waited for by asking for the params.
-  finish = lambda: jax.block_until_ready(nnx.state(cluster.actor_trainer.model))
+  trainers = (cluster.actor_trainer, cluster.critic_trainer)
+  finish = lambda: jax.block_until_ready(
+      [nnx.state(x.model) for x in trainers]
+  )
   loop = Loop("ppo", lambda: learner.train(_batches(job, num, loop)), finish)
   return loop
 
@@ -128,4 +141,4 @@ def _model(job: dict[str, Any], seed: int) -> llama.Llama3:
       norm_eps=shape["rms_norm_eps"],
       weight_tying=False,
   )
-  return llama.Llama3(config, rngs=nnx.Rngs(seed))
+  return _Llama(config, rngs=nnx.Rngs(seed))

@@ -47,6 +47,16 @@ def micro(**changes) -> Config:
   return config_lib.from_config(Config, config)
 
 
+@pytest.fixture(autouse=True)
+def quick_to_compile():
+  """What these programs compute is tested elsewhere, and how fast nowhere."""
+  name = "jax_disable_most_optimizations"
+  before = jax.config.values[name]
+  jax.config.update(name, True)
+  yield
+  jax.config.update(name, before)
+
+
 class Rates(Limits):
   """Limits of a machine that is known."""
 

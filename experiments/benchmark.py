@@ -6,8 +6,10 @@ r"""Measures how fast this machine trains and samples, and how fast it could.
 Runs every measure of the config after a warm-up, prints a table and writes a
 line of JSON a figure: median, least and most of the repeats, compilations and
 their seconds, peak memory, and the floor that this machine's own matmuls and
-memory set, measured in the same run (`harness/benchmark_limits.py`). "again" in
-the table is what was compiled after the warm-up, which should be nothing.
+memory set, measured in the same run (`harness/benchmark_limits.py`). In the
+table "share" is the floor's of the median, "matmul" and "copy" those of either
+limit alone, and "again" what was compiled after the warm-up, which should be
+nothing.
 
     generation   new tokens/s, whole; prompts alone; the new tokens alone, which
                  is the difference of the two
@@ -21,11 +23,15 @@ the table is what was compiled after the warm-up, which should be nothing.
 --peer_python names Pythons that have what this one has not, --only_peers some
 of them by parts of their names. --compare=old.json tells what became slower
 than the noise of both, and ends with exit code 1 if anything did.
+
+On a GPU jax takes memory as it needs it, unless XLA_PYTHON_CLIENT_PREALLOCATE
+says otherwise: other processes, peers' and startup's, need some too.
 """
 
 import dataclasses
 import datetime
 import gc
+import os
 import pathlib
 import platform
 import sys
@@ -103,6 +109,7 @@ def launch() -> None:
     if len(argv) > 1:
       raise app.UsageError(f"arguments that no flag takes: {argv[1:]}")
     cli.quiet_third_parties()
+    os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
     options = Options(
         peer=peer.value,
         peer_python=tuple(peer_python.value),

@@ -30,6 +30,10 @@ from rlhf_jax.planning.flops import Matmul
 
 _TRIES = 3
 _SECONDS = 0.02  # that one try is to take at least
+_COPIES = 4
+# Products between two questions whether the loop goes on, which an accelerator
+# asks its host.
+_UNROLLED_ON_ACCELERATORS = 16
 # Which axes of [m, k] x [k, n] and of its two gradients are summed over.
 _LAYOUTS = {
     "forward": ((1,), (0,)),
@@ -103,12 +107,15 @@ class Limits:
     step = jax.jit(lambda x: x + 1, donate_argnums=0)
     x = step(jnp.zeros((self._copy_mib * 2**18,), jnp.float32))
     best = float("inf")
-    for _ in range(_TRIES + 2):
+    for _ in range(_TRIES):
       x.block_until_ready()
       start = time.perf_counter()
-      x = step(x).block_until_ready()
+      # Several, or an accelerator would wait for its next.
+      for _ in range(_COPIES):
+        x = step(x)
+      x.block_until_ready()
       best = min(best, time.perf_counter() - start)
-    return 2.0 * x.nbytes / best
+    return 2.0 * _COPIES * x.nbytes / best
 
   def floor(self, loads: Iterable[Load]) -> Floor:
     """Of loads one after the other."""
@@ -162,13 +169,17 @@ def _operands(shape, layout, dtype):
 def _seconds_each(left, right, out, layout: str) -> float:
   """Of one product, in a loop long enough to be timed."""
   axes = (_LAYOUTS[layout], ((), ()))
+  is_cpu = jax.default_backend() == "cpu"
+  unrolled = 1 if is_cpu else _UNROLLED_ON_ACCELERATORS
 
   def multiply(num, left, right, out):
     def body(_, carry):
       left, out = carry
-      # The next one waits for it, or one would do for all.
-      left = jax.lax.dynamic_update_slice(left, out[:1, :1] * 0.5, (0, 0))
-      return left, jax.lax.dot_general(left, right, axes)
+      for _ in range(unrolled):
+        # The next one waits for it, or one would do for all.
+        left = jax.lax.dynamic_update_slice(left, out[:1, :1] * 0.5, (0, 0))
+        out = jax.lax.dot_general(left, right, axes)
+      return left, out
 
     return jax.lax.fori_loop(0, num, body, (left, out))
 
@@ -188,6 +199,6 @@ def _seconds_each(left, right, out, layout: str) -> float:
     num = max(2 * num, int(1.2 * num * _SECONDS / max(seconds, 1e-9)))
     num = min(num, 2**20)
   for _ in range(_TRIES):
-    best = min(best, seconds / num)
+    best = min(best, seconds)
     seconds, left, out = timed(num, left, out)
-  return min(best, seconds / num)
+  return min(best, seconds) / (num * unrolled)

@@ -26,8 +26,9 @@ class Line:
   name: of the part; by: whose program it is.
   unit, value, min, max, values: of the figure, value the median.
   seconds: of one run, the median.
-  floor: how fast this machine could be, None where no floor is known; share is
-    the floor's seconds over the median's.
+  floor: how fast this machine could be, None where no floor is known. share is
+    the floor's seconds over the median's, matmul_share and memory_share those
+    of the matmuls and of the bytes alone: shares of their measured rates.
   process: of ours, what it took beside time, see `experiments.benchmark`.
   peer_versions: of others, what they ran.
   skipped: why there is no figure; the numbers are then None.
@@ -46,6 +47,8 @@ class Line:
   seconds: float | None = None
   floor: dict[str, Any] | None = None
   share: float | None = None
+  matmul_share: float | None = None
+  memory_share: float | None = None
   process: dict[str, Any] | None = None
   peer_versions: dict[str, str] | None = None
   skipped: str = ""
@@ -65,6 +68,8 @@ def make_line(
   if floor is not None:
     told["floor"] = {**dataclasses.asdict(floor), "bound": floor.bound}
     told["share"] = floor.seconds / middle
+    told["matmul_share"] = floor.compute / middle
+    told["memory_share"] = floor.memory / middle
   return Line(
       size=size,
       name=part.name,
@@ -123,7 +128,7 @@ def read_lines(path: str) -> list[dict[str, Any]]:
 
 _HEADER = (
     "measure", "by", "median", "min", "max", "unit", "ours is", "floor s",
-    "share", "bound", "compile s", "programs", "again", "peak GiB",
+    "share", "matmul", "copy", "compile s", "programs", "again", "peak GiB",
 )
 
 
@@ -168,12 +173,9 @@ def _times(ours: Line | None, line: Line) -> str:
 
 def _floor_cells(line: Line) -> list[str]:
   if line.floor is None:
-    return ["", "", ""]
-  return [
-      _number(line.floor["seconds"]),
-      f"{line.share:.0%}",
-      line.floor["bound"],
-  ]
+    return [""] * 4
+  shares = (line.share, line.matmul_share, line.memory_share)
+  return [_number(line.floor["seconds"]), *(f"{x:.0%}" for x in shares)]
 
 
 def _process_cells(process: dict[str, Any] | None) -> list[str]:

@@ -144,6 +144,7 @@ def test_every_line_of_a_run_has_its_fields(tmp_path, monkeypatch, capsys):
     assert line["share"] == pytest.approx(
         line["floor"]["seconds"] / line["seconds"]
     )
+    assert line["share"] >= max(line["matmul_share"], line["memory_share"])
     process = line["process"]
     assert process["compilations"] > 0 and process["compile_seconds"] > 0
     # Whatever has run once runs again as it is.

@@ -27,6 +27,9 @@ def main(work: str) -> None:
       "WANDB_MODE": "disabled",
       "TOKENIZERS_PARALLELISM": "false",
   }
+  # Threads that spin wait for one that has no core, a hundred times as long as
+  # the work takes, as soon as anything else runs. Who knows better may say so.
+  os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
   answer = lambda **fields: answers.write(json.dumps(fields) + "\n")
   try:
     job = json.loads(sys.stdin.readline())

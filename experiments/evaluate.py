@@ -97,7 +97,7 @@ def run(config: Config, workdir: str) -> None:
         "evaluate: %s: %s",
         name,
         ", ".join(
-            f"{k} {v['mean']:.3f}" for k, v in numbers.items() if "mean" in v
+            f"{k} {v['mean']:z.3f}" for k, v in numbers.items() if "mean" in v
         ),
     )
   out.finish({"num_prompts": evaluation["num_prompts"]})

@@ -36,7 +36,7 @@ from experiments.harness import (
 )
 from experiments.harness import config as config_lib
 from experiments.harness.planner import Plan, Target
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.planning import cache, chips, topologies
 
 
@@ -114,7 +114,7 @@ def write_plan(raw_config, name: str, options: Options) -> bool:
       text = plan_sweep.report(found, f"Meshes of {target.name} for {name}")
       _write(place.with_name(place.name + "_meshes"), text, found)
       return any(x.plan for x in found)
-    mesh = sharding.make_mesh(config.mesh, target.devices)
+    mesh = device_mesh.make_mesh(config.mesh, target.devices)
     plan = planner.make_plan(config, mesh, target, cache_dir)
   except ValueError as error:
     # Sizes that do not divide over the mesh, no such topology.

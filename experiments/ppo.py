@@ -35,7 +35,7 @@ from experiments.harness.config import ConfigError
 from experiments.harness.ppo_config import Config
 from experiments.harness.ppo_iteration import Batches, Step
 from experiments.harness.reference import Reference
-from rlhf_jax import optim, sharding
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
 from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import ppo
@@ -89,7 +89,7 @@ def run(config: Config, workdir: str) -> None:
           rows,
           batch_size=batch_size,
           seed=config.seed,
-          local_rows=sharding.local_rows(mesh, batch_size),
+          local_rows=device_mesh.local_rows(mesh, batch_size),
       )
   )
   batches = Batches(

@@ -38,17 +38,17 @@ from experiments.harness.parallelism import (
   check_parallelism,
   compile_step,
 )
-from rlhf_jax import optim, sharding
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax.data import encoding, pipeline
 from rlhf_jax.data.records import Ranking
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.evaluation import intervals, preference_accuracy
 from rlhf_jax.generation import decode
 from rlhf_jax.losses import preference
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.lora import LoraConfig
 from rlhf_jax.rewards.episodes import Episodes
-from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PreferenceBatch, RankingBatch, ScoreNormalization
 from rlhf_jax.updates import reward as reward_update
@@ -122,7 +122,7 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  mesh = sharding.make_mesh(config.mesh)
+  mesh = device_mesh.make_mesh(config.mesh)
   policy = models.load_policy(
       config.init_from,
       config.compute,
@@ -164,7 +164,7 @@ def run(config: Config, workdir: str) -> None:
   )
 
   def step(state, batch):
-    batch = sharding.shard_rows(batch, mesh)
+    batch = device_mesh.shard_rows(batch, mesh)
     state, metrics = update(state, batch, config.reward, frozen)
     return state, metrics, batch
 
@@ -178,7 +178,7 @@ def run(config: Config, workdir: str) -> None:
               train,
               batch_size=config.batch_size,
               seed=config.seed,
-              local_rows=sharding.local_rows(mesh, config.batch_size),
+              local_rows=device_mesh.local_rows(mesh, config.batch_size),
           )
       ),
       evaluate=lambda state: (
@@ -210,7 +210,7 @@ def run(config: Config, workdir: str) -> None:
         models.RewardModel(policy.config, params, one, policy.tokenizer)
     )(sample_reference(rng_samples))
   normalization = _fit_normalization(
-      jnp.asarray(sharding.to_host(scores))
+      jnp.asarray(device_mesh.to_host(scores))
   )
   report = make_calibration(
       heldout_scores, heldout, heldout_records, config.seed
@@ -273,7 +273,7 @@ class BatchScorer:
     for start in range(0, num_rows, size):
       rows = np.arange(start, start + size) % num_rows
       part = jax.tree.map(lambda x: x[rows], batch)
-      parts.append(sharding.to_host(self._score(params, part)))
+      parts.append(device_mesh.to_host(self._score(params, part)))
     return np.concatenate(parts)[:num_rows]
 
 

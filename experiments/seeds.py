@@ -177,7 +177,7 @@ def _curves(runs, key: str) -> tuple[np.ndarray, np.ndarray]:
 def _cell(values) -> str:
   if any(x is None for x in values):
     return ""
-  return f"{intervals.mean_interval(np.asarray(values, float)):.3f}"
+  return f"{intervals.mean_interval(np.asarray(values, float)):z.3f}"
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

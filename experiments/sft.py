@@ -17,7 +17,7 @@ from absl import logging
 
 from experiments.harness import cli, language_model, models, sources, stage
 from experiments.harness.compute import ComputeConfig
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.data import encoding
 from rlhf_jax.models.lora import LoraConfig
 
@@ -45,7 +45,7 @@ def run(config: Config, workdir: str) -> None:
   out = stage.Stage(workdir, config)
   if out.finished:
     return
-  mesh = sharding.make_mesh(config.train.mesh)
+  mesh = device_mesh.make_mesh(config.train.mesh)
   policy = models.load_policy(
       config.init_from,
       config.compute,

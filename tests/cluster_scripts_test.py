@@ -4,25 +4,12 @@ import json
 import os
 import pathlib
 import re
-import shutil
 import subprocess
 
 import pytest
 
 from experiments.harness import cli
-from tests.fake_gcloud.cloud import NASTY, Cloud
-
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bash") and shutil.which("git")),
-    reason="the scripts need bash and git",
-)
-
-
-@pytest.fixture
-def cloud(tmp_path):
-  cloud = Cloud(tmp_path)
-  yield cloud
-  cloud.clean_up()
+from tests.fake_gcloud.cloud import NASTY
 
 
 def _manifest(cloud, *args, **env):
@@ -151,13 +138,16 @@ def _slurm(cloud, tmp_path, *args, **env):
   binaries = tmp_path / "bin"
   for name, text in {
       "scontrol": f'echo "$@" >>{tmp_path}/scontrol; printf "n7\\nn8\\n"',
-      "scancel": f'echo scancel "$@" >>{tmp_path}/scontrol',
+      "scancel": (
+          f'echo scancel "$@" >>{tmp_path}/scontrol; sleep "$SCANCEL_SECONDS"'
+      ),
       # srun --kill-on-bad-exit=1 COMMAND...
       "srun": 'shift; for i in 0 1 2 3; do SLURM_PROCID=$i "$@" || exit; done',
       "fake_python": (
           f'for x; do printf "%s\\0" "$x"; done >>{tmp_path}/ran\n'
           f'printf "\\n" >>{tmp_path}/ran\n'
-          '[ -z "$SIGNAL" ] || { kill -USR1 "$BATCH"; sleep 0.3; }'
+          '[ "$SIGNAL" != "$SLURM_PROCID" ] ||'
+          ' { kill -USR1 "$BATCH"; sleep 0.3; exit "$CODE"; }'
       ),
   }.items():
     (binaries / name).write_text(f"#!/bin/bash\n{text}\n")
@@ -229,17 +219,34 @@ def test_slurm_ends_at_once_where_the_done_mark_is(cloud, tmp_path):
   assert not (tmp_path / "ran").exists()
 
 
-def test_slurm_saves_and_is_queued_again_when_its_time_is_up(cloud, tmp_path):
+# Of the run's four tasks the one that brings the signal may be any, and it may
+# end while the signal is dealt with.
+@pytest.mark.parametrize(
+    "task, scancel_seconds, code",
+    [("0", "0", 0), ("3", "0.6", 0), ("3", "0.6", 7), ("3", "0", 138)],
+)
+def test_slurm_saves_and_is_queued_again_when_its_time_is_up(
+    cloud, tmp_path, task, scancel_seconds, code
+):
   script = cloud.tree / "tpu_scripts/slurm.sh"
   text = script.read_text().replace("set -euo pipefail\n", "export BATCH=$$\n")
   script.write_text(text)
   args = ["experiments.ppo", f"--workdir={tmp_path}/run"]
-  done = _slurm(cloud, tmp_path, *args, SIGNAL="1", **JOB)
+  done = _slurm(
+      cloud,
+      tmp_path,
+      *args,
+      SIGNAL=task,
+      CODE=str(code),
+      SCANCEL_SECONDS=scancel_seconds,
+      **JOB,
+  )
+  assert done.returncode == code, done.stderr
   assert "time is almost up" in done.stderr
   asked = (tmp_path / "scontrol").read_text().splitlines()
-  assert asked[0] == "show hostnames n[7-8]"
-  assert set(asked[1:-1]) == {"scancel --signal=TERM 4711"}
-  assert asked[-1] == "requeue 4711"
+  assert asked == [
+      "show hostnames n[7-8]", "scancel --signal=TERM 4711", "requeue 4711"
+  ]
   # The tasks were waited for.
   assert len((tmp_path / "ran").read_text().splitlines()) == 4
 

@@ -14,7 +14,7 @@ import pytest
 from experiments.harness import cli, devices
 from experiments.harness import config as config_lib
 from experiments.harness.config import ConfigError, from_config
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 
 REPO = pathlib.Path(__file__).resolve().parents[1]
 STAGES = (
@@ -623,7 +623,7 @@ def test_problems_of_every_stage_are_told_at_once():
     (8, 1, dict(data=-1, tensor=3), False),
 ])
 def test_check_divides(batch_size, num_parts, mesh, fits):
-  mesh = sharding.MeshConfig(**mesh)
+  mesh = device_mesh.MeshConfig(**mesh)
   if fits:
     devices.check_divides(batch_size, num_parts, mesh)
   else:

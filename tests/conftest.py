@@ -2,6 +2,7 @@
 
 import os
 import pathlib
+import shutil
 import tempfile
 
 # Before jax starts: the device count is read once.
@@ -16,6 +17,8 @@ import hypothesis  # noqa: E402
 import jax  # noqa: E402
 import jaxtyping  # noqa: E402
 import pytest  # noqa: E402
+
+from tests.fake_gcloud.cloud import Cloud  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -48,3 +51,13 @@ def data_dir() -> pathlib.Path:
   if not folder:
     pytest.skip("RLHF_JAX_DATA is not set: it names the folder of real data")
   return pathlib.Path(folder)
+
+
+@pytest.fixture
+def cloud(tmp_path):
+  """A fake Google Cloud for the scripts of tpu_scripts/."""
+  if not (shutil.which("bash") and shutil.which("git")):
+    pytest.skip("the scripts need bash and git")
+  cloud = Cloud(tmp_path)
+  yield cloud
+  cloud.clean_up()

@@ -12,12 +12,12 @@ import numpy as np
 import pytest
 
 from experiments.harness import devices, ppo_programs
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import optim, sharding
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
-from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PromptBatch
 from rlhf_jax.updates import ppo, reward, sft
@@ -75,7 +75,7 @@ SCORE = np.random.default_rng(0).normal(size=small.B).astype(np.float32)
 
 
 def _mesh(name):
-  return sharding.make_mesh(MeshConfig(**MESHES.get(name, {})))
+  return device_mesh.make_mesh(MeshConfig(**MESHES.get(name, {})))
 
 
 # --- supervised ---------------------------------------------------------------
@@ -89,7 +89,7 @@ def _supervised(make_update, model, params, batch, cfg, rules, mesh):
   update = jax.jit(
       make_update(model, small.SGD), out_shardings=(sharding.of(state), None)
   )
-  state, metrics = update(state, sharding.shard_rows(batch, mesh), cfg)
+  state, metrics = update(state, device_mesh.shard_rows(batch, mesh), cfg)
   return state, metrics_lib.compute(metrics)
 
 
@@ -191,11 +191,11 @@ class _PPO:
     self.log = []
 
   def rollout(self):
-    batch = sharding.shard_rows(_prompts(), self.mesh)
+    batch = device_mesh.shard_rows(_prompts(), self.mesh)
     return self.programs.rollout(self.state, batch, SAMPLING, {})
 
   def score_args(self, rollout):
-    score = sharding.shard_rows(SCORE, self.mesh)
+    score = device_mesh.shard_rows(SCORE, self.mesh)
     return (
         self.state.train.params,
         self.ref_params,
@@ -206,7 +206,7 @@ class _PPO:
     )
 
   def update_args(self, scored):
-    ptx = sharding.shard_rows(small.lm_batch(), self.mesh)
+    ptx = device_mesh.shard_rows(small.lm_batch(), self.mesh)
     return self.state, scored, ptx, self.cfg, {}
 
   def iterate(self):
@@ -347,48 +347,88 @@ def _on(tree, places):
   )
 
 
-def _large(**changes):
+def _large(model, **changes):
   """A config, the shapes of its params, and elements of the smallest kernel."""
   config = dataclasses.replace(LARGE, **changes)
   shapes = jax.eval_shape(
-      LanguageModel(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
+      model(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
   )["params"]
   sizes = [x.size for x in jax.tree.leaves(shapes)]
   return config, shapes, min(size for size in sizes if size > 4096)
 
 
-def _lowered_sft(mesh, config, params, rules):
+def _largest_of(make_update, model, params, batch, cfg, rules, sizes) -> int:
+  """`_largest` of a supervised update's program on a mesh of these sizes."""
+  mesh = device_mesh.make_mesh(MeshConfig(**sizes))
   tx = optim.make_optimizer(optim.OptimizerConfig(learning_rate=1e-3), 10)
   state = jax.eval_shape(
       lambda params: create_train_state(params, tx, jax.random.key(0)), params
   )
   places = sharding.shardings_of(state, rules, mesh)
   update = jax.jit(
-      sft.make_sft_update(functions.make_language_model(config), tx),
-      donate_argnums=0,
-      out_shardings=(places, None),
+      make_update(model, tx), donate_argnums=0, out_shardings=(places, None)
   )
-  batch = _on(small.lm_batch(rows=8), sharding.rows(mesh))
-  return update.lower(_on(state, places), batch, sft.SFTConfig())
+  batch = _on(batch, device_mesh.rows(mesh))
+  return _largest(update.lower(_on(state, places), batch, cfg))
+
+
+def _large_sft(**changes):
+  """What `_largest_of` takes of SFT, and elements of the smallest kernel."""
+  config, params, whole = _large(LanguageModel, **changes)
+  model = functions.make_language_model(config)
+  batch = small.lm_batch(rows=8)
+  return (sft.make_sft_update, model, params, batch, sft.SFTConfig()), whole
+
+
+def _large_reward(**changes):
+  """The same of the reward update."""
+  config, params, whole = _large(ScalarModel, **changes)
+  model, cfg = functions.make_score_fn(config), reward.RewardConfig()
+  batch = small.preference_batch(rows=8)
+  return (reward.make_reward_update, model, params, batch, cfg), whole
+
+
+FSDP, FSDP_TENSOR = dict(fsdp=8), dict(fsdp=4, tensor=2)
 
 
 @pytest.mark.parametrize(
-    "sizes,tie_head",
-    [(dict(fsdp=8), False), (dict(fsdp=4, tensor=2), True)],
+    "sizes, changes",
+    [
+        (FSDP, dict(tie_head=False)),
+        (FSDP_TENSOR, dict(tie_head=True)),
+        (FSDP_TENSOR, dict(dtype="bfloat16")),
+    ],
 )
-def test_sft_holds_no_full_copy_of_a_sharded_tensor(sizes, tie_head):
-  mesh = sharding.make_mesh(MeshConfig(**sizes))
-  config, params, whole = _large(tie_head=tie_head)
-  rules = NO_RULES.rules_of("policy")
-  assert _largest(_lowered_sft(mesh, config, params, rules)) < whole
-  # What is to be found is found where it is.
-  copies = ((r"feed_forward/up/kernel", ()), *rules)
-  assert _largest(_lowered_sft(mesh, config, params, copies)) >= whole
+def test_sft_holds_no_full_copy_of_a_sharded_tensor(sizes, changes):
+  update, whole = _large_sft(**changes)
+  assert _largest_of(*update, NO_RULES.rules_of("policy"), sizes) < whole
 
 
-def test_ppo_holds_no_full_copy_of_a_sharded_tensor():
-  mesh = sharding.make_mesh(MeshConfig(fsdp=4, tensor=2))
-  config, policy, whole = _large()
+@pytest.mark.parametrize(
+    "sizes, dtype", [(FSDP, "float32"), (FSDP_TENSOR, "bfloat16")]
+)
+def test_reward_holds_no_full_copy_of_a_sharded_tensor(sizes, dtype):
+  update, whole = _large_reward(dtype=dtype)
+  assert _largest_of(*update, NO_RULES.rules_of("reward_model"), sizes) < whole
+
+
+@pytest.mark.parametrize(
+    "make, name, dtype",
+    [
+        (_large_sft, "policy", "float32"),
+        (_large_reward, "reward_model", "bfloat16"),
+    ],
+)
+def test_a_full_copy_would_be_found(make, name, dtype):
+  update, whole = make(dtype=dtype)
+  rules = ((r"feed_forward/up/kernel", ()), *NO_RULES.rules_of(name))
+  assert _largest_of(*update, rules, FSDP) >= whole
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_ppo_holds_no_full_copy_of_a_sharded_tensor(dtype):
+  mesh = device_mesh.make_mesh(MeshConfig(**FSDP_TENSOR))
+  config, policy, whole = _large(LanguageModel, dtype=dtype)
   value = jax.eval_shape(
       ScalarModel(config).init, jax.random.key(0), jnp.zeros((1, 2), int)
   )["params"]
@@ -403,7 +443,7 @@ def test_ppo_holds_no_full_copy_of_a_sharded_tensor():
   )
   rules = ppo_programs.state_rules(NO_RULES)
   state = _on(state, sharding.shardings_of(state, rules, mesh))
-  rows = sharding.rows(mesh)
+  rows = device_mesh.rows(mesh)
   rollout_args = (state, _on(_prompts(), rows), SAMPLING, {})
   rollout = _on(jax.eval_shape(programs.rollout, *rollout_args), rows)
   score_args = (

@@ -17,22 +17,10 @@ import time
 
 import pytest
 
-from tests.fake_gcloud.cloud import FAKES, NASTY, SCRIPTS, Cloud
+from tests.fake_gcloud.cloud import FAKES, NASTY, SCRIPTS
 
 GOLDEN = FAKES / "golden"
 TREE = SCRIPTS.parent
-
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("bash") and shutil.which("git")),
-    reason="the scripts need bash and git",
-)
-
-
-@pytest.fixture
-def cloud(tmp_path):
-  cloud = Cloud(tmp_path)
-  yield cloud
-  cloud.clean_up()
 
 
 def golden_text(cloud, text: str) -> str:

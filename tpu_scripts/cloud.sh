@@ -1,9 +1,13 @@
 # shellcheck shell=bash
-# How the scripts here speak to Google Cloud. Sourced, after env.sh, by them.
+# What the scripts here share: env.sh, and how they speak to Google Cloud.
 #
 # Under --dry_run nothing is asked and nothing is done: commands are printed to
 # stdout, as one could paste them, and the answers are taken for those of the
 # plainest course. What the scripts say for themselves goes to stderr.
+
+here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+# shellcheck source=env.sh
+source "$here/env.sh"
 
 DRY_RUN=false
 # Not for passwords or host keys either: nothing here may wait for an answer.
@@ -41,6 +45,16 @@ run() {
 cloud() { run gcloud "$@" --project="$PROJECT" --quiet; }
 
 tpus() { cloud compute tpus "$@" --zone="$ZONE"; }
+
+# The arguments of a script that takes no others, and what env.sh says.
+only_dry_run() {
+  case ${1-} in
+    "") ;;
+    --dry_run) DRY_RUN=true ;;
+    *) die "unknown argument '$1'; the only one is --dry_run" ;;
+  esac
+  check_env
+}
 
 check_env() {
   local name value

@@ -6,18 +6,10 @@
 # What is there already is left alone; a request that failed, or whose chips
 # were taken away, is replaced. Run again, it goes on waiting.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 
-case ${1-} in
-  "") ;;
-  --dry_run) DRY_RUN=true ;;
-  *) die "unknown argument '$1'; the only one is --dry_run" ;;
-esac
-check_env
+only_dry_run "$@"
 deadline=$((SECONDS + 60 * CREATE_TIMEOUT_MINUTES))
 patient=${PATIENT:-false}  # launch.sh sets it, once it has seen that all is well
 

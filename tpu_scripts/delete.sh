@@ -5,18 +5,10 @@
 #
 # The bucket stays, with all that runs have left there.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 
-case ${1-} in
-  "") ;;
-  --dry_run) DRY_RUN=true ;;
-  *) die "unknown argument '$1'; the only one is --dry_run" ;;
-esac
-check_env
+only_dry_run "$@"
 
 delete() {
   if [[ $RESOURCE == queued ]]; then

@@ -6,11 +6,8 @@
 # To FOLDER, by default runs/RUN_NAME. Checkpoints and other folders of arrays
 # stay in the bucket unless --all asks for them. No chips need be there.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 
 all=false folder=""
 while (($#)); do

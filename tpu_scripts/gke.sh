@@ -8,11 +8,8 @@
 # to. It needs JobSet, the Cloud Storage FUSE driver and a node pool of the chips
 # that env.sh names; README.md says how. --dry_run prints what would be applied.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 # shellcheck source=tree.sh
 source "$here/tree.sh"
 

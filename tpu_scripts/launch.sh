@@ -14,11 +14,8 @@
 #   --restart  stops what runs under this RUN_NAME first: for a changed tree
 #   --delete   gives the chips back when the run is done
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 # shellcheck source=tree.sh
 source "$here/tree.sh"
 

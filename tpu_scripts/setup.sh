@@ -5,18 +5,10 @@
 #
 # What is there already is left alone.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 
-case ${1-} in
-  "") ;;
-  --dry_run) DRY_RUN=true ;;
-  *) die "unknown argument '$1'; the only one is --dry_run" ;;
-esac
-check_env
+only_dry_run "$@"
 
 # A fresh VM updates itself for minutes and holds apt's lock meanwhile. The
 # worker expands what is in this text.

@@ -91,19 +91,19 @@ again=false
 # shellcheck disable=SC2317  # The trap calls it.
 stop() {
   echo "slurm.sh: time is almost up: saving" >&2
-  again=true
+  again=true heard=true
   scancel --signal=TERM "$SLURM_JOB_ID"
 }
 trap stop USR1
 # In the background, since bash hears signals between commands alone.
 "${command[@]}" &
 pid=$!
-code=0
-wait "$pid" || code=$?
-# A signal ends the first wait, before the run has ended.
-while kill -0 "$pid" 2>/dev/null; do
-  code=0
+while :; do
+  heard=false code=0
   wait "$pid" || code=$?
+  # The signal ends a wait with a code of its own, even where the run has ended
+  # meanwhile; bash still knows the run's then.
+  if ! $heard || ((code <= 128)); then break; fi
 done
 if [[ ! -e $workdir/finished.json ]]; then
   echo "slurm.sh: there is no $workdir/finished.json yet" >&2

@@ -5,11 +5,8 @@
 #
 # It only looks: stopping it stops nothing.
 set -euo pipefail
-here=$(cd "$(dirname "$0")" && pwd)
-# shellcheck source=env.sh
-source "$here/env.sh"
 # shellcheck source=cloud.sh
-source "$here/cloud.sh"
+source "$(dirname "$0")/cloud.sh"
 
 once=false
 while (($#)); do

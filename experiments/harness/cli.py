@@ -19,7 +19,14 @@ from ml_collections import config_flags
 from experiments.harness import config as config_lib
 from experiments.harness import hosts, lock, loop, metric_writer, stopping
 from rlhf_jax import checkpoint
-from rlhf_jax.data import chat, encoding, pipeline, readers, tokenizer
+from rlhf_jax.data import (
+    chat,
+    encoding,
+    own_part,
+    pipeline,
+    readers,
+    tokenizer,
+)
 from rlhf_jax.models import lora
 from rlhf_jax.models.families import hf_config, tensor_files
 from rlhf_jax.rewards import episodes
@@ -37,6 +44,7 @@ _EXPECTED = (
     checkpoint.StateMismatch,
     chat.ChatTemplateError,
     encoding.LengthError,
+    own_part.OwnPartError,
     pipeline.DatasetError,
     readers.ReadError,
     episodes.RuleError,

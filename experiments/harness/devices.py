@@ -7,9 +7,10 @@ import dataclasses
 
 import jax
 
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh, sharding
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.models import partitioning
-from rlhf_jax.sharding import MeshConfig, Rules
+from rlhf_jax.sharding import Rules
 
 _OWN_RULES = {
     "policy": partitioning.POLICY_RULES,
@@ -145,8 +146,8 @@ def make_meshes(
   for name, config in own.items():
     if config.devices:
       rest, mine = rest[: -config.devices], rest[-config.devices :]
-      meshes[name] = sharding.make_mesh(config.mesh, mine)
-  meshes["policy"] = sharding.make_mesh(mesh, rest)
+      meshes[name] = device_mesh.make_mesh(config.mesh, mine)
+  meshes["policy"] = device_mesh.make_mesh(mesh, rest)
   return {name: meshes["policy"] for name in own} | meshes
 
 

@@ -16,7 +16,7 @@ import numpy as np
 from experiments.harness import checks, models, sources
 from experiments.harness.config import ConfigError
 from experiments.harness.reference import Reference
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation import policy_kl, text
@@ -129,7 +129,7 @@ def sample_all(
         jnp.asarray(rows, jnp.int32),
     )
     keep = min(batch_size, num - start)
-    parts.append(jax.tree.map(lambda x: x[:keep], sharding.to_host(rollout)))
+    parts.append(jax.tree.map(lambda x: x[:keep], device_mesh.to_host(rollout)))
   return jax.tree.map(lambda *xs: np.concatenate(xs), *parts)
 
 
@@ -178,7 +178,7 @@ def make_judge(name: str) -> Judge | None:
       models.load_reward_model(name.removeprefix(REWARD_MODEL))
   )
   return lambda episodes: [
-      {"true_reward": float(x)} for x in sharding.to_host(score(episodes))
+      {"true_reward": float(x)} for x in device_mesh.to_host(score(episodes))
   ]
 
 
@@ -301,7 +301,7 @@ class Evaluator:
         row.update(said)
     if self._reward_fn is not None:
       for row, score in zip(
-          rows, sharding.to_host(self._reward_fn(episodes))
+          rows, device_mesh.to_host(self._reward_fn(episodes))
       ):
         row["score"] = float(score)
     if self._reference is not None:
@@ -312,7 +312,7 @@ class Evaluator:
           jnp.float32(self._sampling.temperature),
           self._reference.hidden(rollout),
       )
-      for row, value in zip(rows, sharding.to_host(kl)):
+      for row, value in zip(rows, device_mesh.to_host(kl)):
         row["kl"] = float(value)
     return rows
 

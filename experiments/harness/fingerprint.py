@@ -6,7 +6,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 
 
 def fingerprint(tree: Any) -> str:
@@ -14,6 +14,6 @@ def fingerprint(tree: Any) -> str:
   found = hashlib.sha256()
   for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
     found.update(f"{path} {np.shape(leaf)} {leaf.dtype}\n".encode())
-    for block in sharding.host_blocks(leaf):
+    for block in device_mesh.host_blocks(leaf):
       found.update(np.ascontiguousarray(block).reshape(-1).view(np.uint8))
   return found.hexdigest()

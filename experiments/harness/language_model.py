@@ -28,13 +28,13 @@ from experiments.harness.parallelism import (
   check_parallelism,
   compile_step,
 )
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing, pipeline
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.models import functions
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import LMBatch
 from rlhf_jax.updates import sft
@@ -96,7 +96,7 @@ def train(
     adapter: trained on the policy instead of the policy, if its rank is not 0.
   """
   _check_fits(cfg, policy)
-  tokenizer, mesh = policy.tokenizer, sharding.make_mesh(cfg.mesh)
+  tokenizer, mesh = policy.tokenizer, device_mesh.make_mesh(cfg.mesh)
   rows, heldout = (
       pack(cfg, tokenizer, examples[split]) for split in ("train", "heldout")
   )
@@ -130,7 +130,7 @@ def train(
   )
 
   def step(state, batch):
-    batch = sharding.shard_rows(batch, mesh)
+    batch = device_mesh.shard_rows(batch, mesh)
     state, metrics = update(state, batch, cfg.sft, frozen)
     return state, _renamed(metrics, name), batch
 
@@ -157,7 +157,7 @@ def train(
               rows,
               batch_size=cfg.batch_size,
               seed=cfg.seed,
-              local_rows=sharding.local_rows(mesh, cfg.batch_size),
+              local_rows=device_mesh.local_rows(mesh, cfg.batch_size),
           )
       ),
       evaluate=lambda state: (

@@ -35,7 +35,7 @@ from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
 from experiments.harness.metric_writer import MetricWriter
 from experiments.harness.stage import FREE_FIELDS, is_first
-from rlhf_jax import checkpoint, sharding
+from rlhf_jax import checkpoint, device_mesh
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.updates.gradient import NONFINITE, NONFINITE_STEPS
 
@@ -296,7 +296,7 @@ class _Loop:
     arrays = {
         jax.tree_util.keystr(key, simple=True, separator="."): x
         for key, x in jax.tree_util.tree_leaves_with_path(
-            sharding.to_host(evidence)
+            device_mesh.to_host(evidence)
         )
     }
     if is_first():
@@ -318,7 +318,7 @@ class _Loop:
     self.writer.write(step, numbers)
     shown = ("loss", "score", "kl", "accuracy")
     return {
-        name.split("/")[-1]: f"{value:.3f}"
+        name.split("/")[-1]: f"{value:z.3f}"
         for name, value in numbers.items()
         if name.split("/")[-1] in shown
     }

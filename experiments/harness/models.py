@@ -31,7 +31,7 @@ from experiments.harness import config as config_lib
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.config import ConfigError
 from experiments.harness.fingerprint import fingerprint
-from rlhf_jax import checkpoint, sharding
+from rlhf_jax import checkpoint, device_mesh
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.models import lora
 from rlhf_jax.models.families import huggingface, llama2c, peft_folder
@@ -164,7 +164,7 @@ def placed_params(params: Any, place_param: PlaceParam) -> Any:
 
   def put(key_path, x):
     path = jax.tree_util.keystr(key_path, simple=True, separator="/")
-    return sharding.put(x, place_param(path, x.shape))
+    return device_mesh.put(x, place_param(path, x.shape))
 
   return jax.tree_util.tree_map_with_path(put, params)
 

@@ -18,7 +18,7 @@ from experiments.harness import (
     value_network,
 )
 from experiments.harness.config import ConfigError
-from rlhf_jax import optim, sharding
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models.transformer import TransformerConfig
 from rlhf_jax.planning import flops, memory
@@ -184,7 +184,7 @@ def _placed(tree: Any, shardings: Any) -> Any:
 
 
 def _rows(tree: Any, mesh: jax.sharding.Mesh) -> Any:
-  return _placed(tree, jax.tree.map(lambda _: sharding.rows(mesh), tree))
+  return _placed(tree, jax.tree.map(lambda _: device_mesh.rows(mesh), tree))
 
 
 def _programs(config, mesh, programs, residents, work, reward_config):

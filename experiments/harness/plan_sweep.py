@@ -11,8 +11,8 @@ from absl import logging
 
 from experiments.harness import devices, plan_report, planner
 from experiments.harness.planner import Plan, Target
-from rlhf_jax import sharding
-from rlhf_jax.sharding import MeshConfig
+from rlhf_jax import device_mesh
+from rlhf_jax.device_mesh import MeshConfig
 
 # `replica` is `data` over a slower network, which one slice does not have.
 _AXES = ("data", "fsdp", "tensor", "sequence")
@@ -50,7 +50,7 @@ def sweep(
   for mesh_config in meshes(len(target.devices)):
     try:
       changed = with_mesh(config, mesh_config, len(target.devices))
-      mesh = sharding.make_mesh(mesh_config, target.devices)
+      mesh = device_mesh.make_mesh(mesh_config, target.devices)
       num_bytes, seconds = planner.least(changed, mesh, target.chip)
     except ValueError as error:
       ruled_out.append(_no(mesh_config, str(error)))

@@ -7,8 +7,8 @@ from experiments.harness import checks, devices, evaluator, loop, sources
 from experiments.harness.compute import ComputeConfig
 from experiments.harness.parallelism import Parallelism, check_parallelism
 from rlhf_jax import optim
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.models.lora import LoraConfig
-from rlhf_jax.sharding import MeshConfig
 from rlhf_jax.updates import ppo
 
 

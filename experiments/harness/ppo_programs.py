@@ -13,7 +13,7 @@ import optax
 
 from experiments.harness.devices import PPOSharding
 from experiments.harness.parallelism import Parallelism, compile_step
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh, sharding
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
@@ -69,7 +69,7 @@ def make_programs(
     params = frozen | state.train.params["policy"]
     return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
 
-  rows = sharding.rows(mesh)
+  rows = device_mesh.rows(mesh)
   places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
       rollout=jax.jit(rollout, out_shardings=rows),

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from experiments.harness import models
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.models import functions
 from rlhf_jax.types import Rollout
 
@@ -55,11 +55,11 @@ class Reference:
     num_rows = rollout.ended.shape[0]
     mine, policys = self._meshes["ref_policy"], self._meshes["policy"]
     # Of an evaluation there may be any number; some are then done twice.
-    each = sharding.num_row_shards(mine)
+    each = device_mesh.num_row_shards(mine)
     rows = np.arange(-(-num_rows // each) * each) % num_rows
     if len(rows) > num_rows:
       rollout = jax.tree.map(lambda x: x[rows], rollout)
-    hidden = self._hidden(self._params, sharding.put_rows(rollout, mine))
-    if num_rows % sharding.num_row_shards(policys):
-      return sharding.replicate(hidden[:num_rows], policys)
-    return sharding.put_rows(hidden[:num_rows], policys)
+    hidden = self._hidden(self._params, device_mesh.put_rows(rollout, mine))
+    if num_rows % device_mesh.num_row_shards(policys):
+      return device_mesh.replicate(hidden[:num_rows], policys)
+    return device_mesh.put_rows(hidden[:num_rows], policys)

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rlhf_jax.data import special_tokens
+from rlhf_jax.data import own_part, special_tokens
 from rlhf_jax.data.lengths import (
     DOCUMENT_POLICIES,
     RECORD_POLICIES,
@@ -57,7 +57,7 @@ def encode_documents(
   lengths = Lengths(policy, DOCUMENT_POLICIES)
   bos = _bos(tokenizer, add_bos)
   examples = []
-  for ids in tokenizer.encode_batch(texts):
+  for ids in own_part.encode_batch(tokenizer, texts):
     ids = [*bos, *ids, tokenizer.eos_id]
     lengths.see(0, len(ids))
     if policy == "split":
@@ -293,7 +293,9 @@ def _encode_prompts_and_completions(
   rows = [
       (prompt, text) for prompt, completions in groups for text in completions
   ]
-  flat = iter(_encode(rows, tokenizer, add_bos))
+  # Completions of one prompt repeat it.
+  together = max((len(completions) for _, completions in groups), default=1)
+  flat = iter(_encode(rows, tokenizer, add_bos, together))
   for _, completions in groups:
     encoded = [next(flat) for _ in completions]
     bos, (prompt, _) = encoded[0]
@@ -313,13 +315,21 @@ def _encode_spans(
 
 
 def _encode(
-    rows: Sequence[Sequence[str]], tokenizer: Tokenizer, add_bos: bool
+    rows: Sequence[Sequence[str]],
+    tokenizer: Tokenizer,
+    add_bos: bool,
+    together: int = 1,
 ) -> list[tuple[list[int], list[list[int]]]]:
-  """(bos, the ids of its texts) of each row; no bos is left in the ids."""
+  """(bos, the ids of its texts) of each row; no bos is left in the ids.
+
+  Args:
+    together: see `own_part.encode_rows`.
+  """
   start = tokenizer.bos_token
   rows = [_without_spelled_bos(row, start, add_bos) for row in rows]
   found = []
-  for row, ids in zip(rows, tokenizer.encode_rows(rows), strict=True):
+  encoded = own_part.encode_rows(tokenizer, rows, together=together)
+  for row, ids in zip(rows, encoded, strict=True):
     is_rendered = special_tokens.is_rendered(row)
     bos = _bos(tokenizer, add_bos and not is_rendered)
     first = next((x for x in ids if x), [])

@@ -40,7 +40,7 @@ def make_dataset(
     seed: decides the order of every epoch.
     num_epochs: passes over the rows, or None to go on for ever.
     local_rows: only these rows of each batch are made, those of this process
-      (`sharding.local_rows`); None for all. Order and state are of the whole
+      (`device_mesh.local_rows`); None for all. Order and state are of the whole
       batch, so a run may go on with another number of processes.
 
   Raises:

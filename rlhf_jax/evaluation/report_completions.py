@@ -16,11 +16,11 @@ _MAX_CHARACTERS = 20_000
 
 # What is said of a completion if its row has it.
 _FACTS = {
-    "true_reward": "true reward {:.2f}",
-    "score": "score {:.2f}",
-    "kl": "KL {:.1f}",
-    "length": "{:.0f} tokens",
-    "completion_length": "{:.0f} tokens",
+    "true_reward": "true reward {:z.2f}",
+    "score": "score {:z.2f}",
+    "kl": "KL {:z.1f}",
+    "length": "{:z.0f} tokens",
+    "completion_length": "{:z.0f} tokens",
 }
 # C0 controls have pictures; other controls, lone surrogates and the marks that
 # turn the direction of the text around them become a replacement character.

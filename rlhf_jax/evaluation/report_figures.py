@@ -55,7 +55,7 @@ def policy_bars(
     axes.bar(i, value.mean, width=0.55, color=color)
     look.whisker(axes, i, value, look.INK)
     axes.annotate(
-        f"{value.mean:.3f}", (i, max(look.upper(value), 0.0)), xytext=(0, 4),
+        f"{value.mean:z.3f}", (i, max(look.upper(value), 0.0)), xytext=(0, 4),
         textcoords="offset points", ha="center", fontweight="bold",
     )
   axes.set_xticks(range(len(shown)), [look.shorten(p.label) for p in shown])

@@ -12,14 +12,14 @@ from rlhf_jax.evaluation.report_data import Curve, Evaluation, Policy, RunData
 
 # quantity: (column title, unit, number format); the order of the columns.
 QUANTITIES = {
-    "true_reward": ("True reward", "", ".3f"),
-    "score": ("Score", "", ".2f"),
-    "kl": ("KL from SFT", "nats", ".2f"),
-    "completion_length": ("Length", "tokens", ".1f"),
-    "ended": ("Ended", "share", ".2f"),
-    "repetition": ("Repeats", "share of 3-grams", ".2f"),
-    "distinct_2": ("Distinct", "share of 2-grams", ".2f"),
-    "flattery": ("Flattery", "phrases", ".2f"),
+    "true_reward": ("True reward", "", "z.3f"),
+    "score": ("Score", "", "z.2f"),
+    "kl": ("KL from SFT", "nats", "z.2f"),
+    "completion_length": ("Length", "tokens", "z.1f"),
+    "ended": ("Ended", "share", "z.2f"),
+    "repetition": ("Repeats", "share of 3-grams", "z.2f"),
+    "distinct_2": ("Distinct", "share of 2-grams", "z.2f"),
+    "flattery": ("Flattery", "phrases", "z.2f"),
 }
 
 # A fall of the true reward (which lies in [0, 1]) that is worth a warning.
@@ -83,9 +83,9 @@ def sentences(run: RunData) -> list[str]:
   if found is not None and found.is_notable:
     said.append(
         f"Over-optimisation: the true reward peaked at PPO iteration "
-        f"{found.peak_step:,} ({found.peak_reward:.3f}) and ended at "
-        f"{found.final_reward:.3f}, while the score rose from "
-        f"{found.peak_score:.2f} to {found.final_score:.2f} (means of three "
+        f"{found.peak_step:,} ({found.peak_reward:z.3f}) and ended at "
+        f"{found.final_reward:z.3f}, while the score rose from "
+        f"{found.peak_score:z.2f} to {found.final_score:z.2f} (means of three "
         f"evaluations)."
     )
   return said
@@ -120,7 +120,7 @@ def _evaluation_sentences(evaluation: Evaluation | None) -> list[str]:
 def _path(policies: Sequence[Policy], quantity: str) -> str:
   """'0.100 (Base) -> 0.500 (SFT)' of the policies that have the quantity."""
   return " \N{RIGHTWARDS ARROW} ".join(
-      f"{p.quantities[quantity].mean:.3f} ({p.label})"
+      f"{p.quantities[quantity].mean:z.3f} ({p.label})"
       for p in policies
       if quantity in p.quantities
   )
@@ -133,16 +133,16 @@ def _comparison(
   if difference is None or not math.isfinite(difference.low + difference.high):
     return names % "has no interval to compare with"
   if difference.low > 0:
-    return names % "is above" + f" by {difference:.3f}, paired by prompt"
+    return names % "is above" + f" by {difference:z.3f}, paired by prompt"
   if difference.high < 0:
     below = Interval(-difference.mean, -difference.high, -difference.low)
-    return names % "is BELOW" + f" by {below:.3f}, paired by prompt"
-  return names % "is not clearly apart from" + f": {difference:.3f}"
+    return names % "is BELOW" + f" by {below:z.3f}, paired by prompt"
+  return names % "is not clearly apart from" + f": {difference:z.3f}"
 
 
 def _kl_sentence(policy: Policy, target: float | None) -> str:
   kl = policy.quantities["kl"]
-  said = f"KL of {policy.label} from SFT: {kl:.2f} nats a completion"
+  said = f"KL of {policy.label} from SFT: {kl:z.2f} nats a completion"
   if target is None:
     return said + "."
   where = "within"

@@ -201,7 +201,7 @@ def _calibration_text(measured: Calibration) -> str:
     text += f" {measured.num_pairs:,} held-out pairs."
   if measured.expected_calibration_error is not None:
     error = measured.expected_calibration_error
-    text += f" Expected calibration error {error:.3f}."
+    text += f" Expected calibration error {error:z.3f}."
   return text
 
 

@@ -13,6 +13,7 @@ beside it, on its place in the batch, on the batch's size or on sharding.
 
 from collections.abc import Callable
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -21,7 +22,7 @@ from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
 from rlhf_jax.generation import sampling
 from rlhf_jax.losses import language_modeling
-from rlhf_jax.models import lora
+from rlhf_jax.models import attention_kernels, lora, transformer
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import Cache, init_cache
 from rlhf_jax.types import Rollout, pytree_dataclass, static
@@ -80,7 +81,9 @@ class _State(NamedTuple):
   logprobs: Float[Array, "B C"]
 
 
-def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
+def make_generate(
+    model: LanguageModel, is_unrolled: bool | None = None
+) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
   The returned function is pure; jit it. Its arguments:
@@ -90,13 +93,12 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
     cfg: SamplingConfig; its static fields fix the program.
     rows: [B] row numbers for the random streams, 0..B-1 if None. Give a
       prompt's number in the whole set when the set is sampled in parts.
-  """
 
-  # One decode step does little work a layer: unrolled layers would each copy
-  # their slice out of the stacked cache, which the loop reads in place.
-  if model.config.scan_unroll > 1:
-    config = dataclasses.replace(model.config, scan_unroll=1)
-    model = model.clone(config=config)
+  Args:
+    is_unrolled: layers one after another instead of one scan; see
+      `transformer.unrolled` for what that spares a step and copies once. None:
+      but on a TPU, where a scan copies nothing and compiles faster.
+  """
 
   def generate(
       params,
@@ -106,17 +108,14 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
       cfg: SamplingConfig,
       rows: Int[Array, "B"] | None = None,
   ) -> Rollout:
-    b, p = prompts.shape
+    b = prompts.shape[0]
     if rows is None:
       rows = jnp.arange(b, dtype=jnp.int32)
     row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-    # The last token drawn is never fed back, so it needs no slot.
-    length = p + max(cfg.max_new_tokens - 1, 1)
-    cache = init_cache(model.config, b, length)
-    variables = lora.variables(params)
-    logits, cache = model.apply(
-        variables, prompts, prompt_mask, cache, last=1
+    apply, cache = _prepare(
+        model, is_unrolled, params, prompts, cfg.max_new_tokens
     )
+    logits, cache = apply(prompts, prompt_mask, cache, last=1)
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
     def unfinished(state: _State):
@@ -124,9 +123,7 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
 
     def advance(state: _State) -> _State:
       real = (~state.done).astype(jnp.int32)[:, None]
-      logits, cache = model.apply(
-          variables, state.token[:, None], real, state.cache
-      )
+      logits, cache = apply(state.token[:, None], real, state.cache)
       state = state._replace(cache=cache)
       return _record(state, logits[:, 0], row_rngs, cfg)
 
@@ -141,6 +138,25 @@ def make_generate(model: LanguageModel) -> Callable[..., Rollout]:
     )
 
   return generate
+
+
+def _prepare(model, is_unrolled, params, prompts, max_new_tokens):
+  """The model bound to its weights, and an empty cache for it."""
+  if is_unrolled is None:
+    is_unrolled = attention_kernels.platform_of(prompts) != "tpu"
+  variables = lora.variables(params)
+  config = model.config
+  if is_unrolled:
+    variables = transformer.unrolled(variables, config.dtype)
+    model = model.clone(is_unrolled=True)
+  elif config.scan_unroll > 1:
+    # Layers unrolled within a scan would each copy their slice of the cache.
+    model = model.clone(config=dataclasses.replace(config, scan_unroll=1))
+  # The last token drawn is never fed back, so it needs no slot.
+  b, p = prompts.shape
+  length = p + max(max_new_tokens - 1, 1)
+  cache = init_cache(config, b, length, is_unrolled)
+  return functools.partial(model.apply, variables), cache
 
 
 def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:

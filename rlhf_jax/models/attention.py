@@ -167,15 +167,16 @@ def causal_mask(
   return causal[None] & (segment_ids[:, :, None] == segment_ids[:, None, :])
 
 
-def past_mask(
-    mask: Bool[Array, "B S"], positions: Int[Array, "B N"], window: int = 0
-) -> Bool[Array, "B _ S"]:
-  """True where a query at `positions` may see a slot of the cache."""
-  if not window:
-    return mask[:, None]
-  slot_positions = jnp.cumsum(mask, axis=1, dtype=jnp.int32) - 1
-  near = positions[:, :, None] - slot_positions[:, None] < window
-  return mask[:, None] & near
+def cache_mask(
+    slots: Int[Array, "B S"], positions: Int[Array, "B N"], window: int = 0
+) -> Bool[Array, "B N S"]:
+  """True where a query at `positions` may see a slot of the cache.
+
+  slots: the position of what each holds, -1 where that is nothing.
+  """
+  slots, positions = slots[:, None], positions[:, :, None]
+  mask = (slots >= 0) & (slots <= positions)
+  return mask & (positions - slots < window) if window else mask
 
 
 def softcap(x: Float[Array, "..."], cap: float) -> Float[Array, "..."]:

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh, sharding
 from rlhf_jax.models import attention
 
 Backend = Literal["xla", "cudnn", "splash"]
@@ -192,7 +192,7 @@ def splash(
     # XLA does not split a kernel over devices. Rows that do not divide, of an
     # evaluation say, are computed on all of them.
     rows, heads, _, _ = sharding.fitting_spec(
-        key.shape, (sharding.ROWS, "tensor", None, None), mesh
+        key.shape, (device_mesh.ROWS, "tensor", None, None), mesh
     )
     own = PartitionSpec(rows, heads)
     own_rows = jax.shard_map(

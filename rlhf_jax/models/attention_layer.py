@@ -1,15 +1,36 @@
 """The attention of a layer: projections around `attention.attend`."""
 
 import functools
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from rlhf_jax.models import attention, attention_kernels, partitioning
 from rlhf_jax.models.layers import Norm, Projection
 from rlhf_jax.models.transformer_config import TransformerConfig
+
+
+class OwnCache(NamedTuple):
+  """One layer's keys and values, and the slot that is written next.
+
+  Written before it is read: XLA copies what is read and changed after.
+  """
+
+  key: Float[Array, "B J S K"]
+  value: Float[Array, "B J S K"]
+  index: Int[Array, ""]
+
+  def written(self, key, value):
+    return tuple(
+        partitioning.constrain(
+            jax.lax.dynamic_update_slice_in_dim(old, x, self.index, axis=2),
+            "layer_cache",
+        )
+        for old, x in ((self.key, key), (self.value, value))
+    )
 
 
 class Attention(nn.Module):
@@ -18,10 +39,13 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x, sight, past, is_full):
-    """Returns (output, this call's keys and values [B, J, N, K]).
+    """Returns (output, keys and values [B, J, N, K] of this call).
+
+    Of this call and the past together [B, J, S, K] with an `OwnCache`.
 
     sight: this layer's masks and rotations, see `transformer.py`.
-    past: None without a cache, () with an empty one, else its (k, v).
+    past: None without a cache, () with an empty one, else its (k, v); or the
+      layer's `OwnCache`.
     is_full: None, or traced where layers differ: this one has no window.
     """
     cfg = self.config
@@ -40,17 +64,18 @@ class Attention(nn.Module):
     query = partitioning.constrain(query, "queries")
     key, value = (partitioning.constrain(a, "keys") for a in (key, value))
     query, key, value = (jnp.swapaxes(a, 1, 2) for a in (query, key, value))
-    if past:
-      out = attention.attend(
-          query,
-          [key, past[0]],
-          [value, past[1]],
-          [sight["mask"], sight["past_mask"]],
-          cfg.query_scale,
-          cfg.attention_softcap,
-      )
-    else:
+    new = (key, value)
+    if isinstance(past, OwnCache):
+      new = past.written(key, value)
+    if "cache_mask" not in sight:
       out = self._attend_to_itself(query, key, value, sight, is_full)
+    else:
+      banks = [(*new, sight["cache_mask"])]
+      if not isinstance(past, OwnCache):
+        banks = [(key, value, sight["mask"]), (*past, sight["cache_mask"])]
+      out = attention.attend(
+          query, *zip(*banks), cfg.query_scale, cfg.attention_softcap
+      )
     out = Projection(
         cfg,
         (cfg.num_heads, cfg.head_dim, cfg.width),
@@ -59,7 +84,7 @@ class Attention(nn.Module):
         stddev=self.residual_stddev,
         name="out",
     )(jnp.swapaxes(out, 1, 2))
-    return out, (key, value)
+    return out, new
 
   def _attend_to_itself(self, query, key, value, sight, is_full):
     cfg = self.config

@@ -23,12 +23,16 @@ from rlhf_jax.models.transformer_config import TransformerConfig
 
 
 class LanguageModel(nn.Module):
-  """Next-token logits, always float32, through a tied or an own head."""
+  """Next-token logits, always float32, through a tied or an own head.
+
+  is_unrolled: see `transformer.Transformer`.
+  """
 
   config: TransformerConfig
+  is_unrolled: bool = False
 
   def setup(self):
-    self.trunk = transformer.Transformer(self.config)
+    self.trunk = transformer.Transformer(self.config, self.is_unrolled)
     if not self.config.tie_head:
       self.head = VocabularyHead(self.config)
 

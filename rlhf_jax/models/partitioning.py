@@ -15,7 +15,8 @@ With one device all of this is nothing.
 import jax
 
 from rlhf_jax import sharding
-from rlhf_jax.sharding import ROWS, Rules
+from rlhf_jax.device_mesh import ROWS
+from rlhf_jax.sharding import Rules
 
 # As arguments of `sharding.constrain`.
 _COPIES = ("replica", "data")
@@ -35,6 +36,7 @@ _PLACES = {
     "keys": (ROWS, None, "tensor", None),
     "wide": (ROWS, "sequence", "tensor"),
     "cache": (None, ROWS, "tensor", None, None),
+    "layer_cache": (ROWS, "tensor", None, None),
 }
 
 _TRUNK: Rules = (

@@ -9,7 +9,7 @@
 which published model.
 
 Parameters (each under `layers` has a leading axis L, because the layers are
-one scan):
+one scan; `unrolled` takes them apart for a decoding loop):
 
     token_embedding [V, D]                 position_embedding [max_length, D]
     layers/attention_norm/scale            layers/attention_post_norm/scale
@@ -26,21 +26,25 @@ dropout: a policy's log-probabilities must be a function of its parameters. A
 projection adds what an adapter has for it, see `lora.py`.
 """
 
+from collections.abc import Mapping
 import functools
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 import numpy as np
 
 from rlhf_jax.models import attention, partitioning
-from rlhf_jax.models.attention_layer import Attention
+from rlhf_jax.models.attention_layer import Attention, OwnCache
 from rlhf_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from rlhf_jax.models.layers import INIT_STDDEV, Norm
 from rlhf_jax.models.transformer_config import TransformerConfig
 from rlhf_jax.types import pytree_dataclass, static
+
+# Weights that are converted to the matmuls' dtype wherever they are used.
+_CONVERTED = ("kernel", "token_embedding", "position_embedding")
 
 segment_positions = attention.segment_positions
 
@@ -49,43 +53,78 @@ segment_positions = attention.segment_positions
 class Cache:
   """Keys and values of the tokens seen so far; J key-value heads.
 
-  mask: True on slots that hold a real token.
-  index: the first free slot, one for all rows. A write past S is not checked
-    (the index is traced); whoever makes the cache makes it long enough.
+  layers: keys and values [L, B, J, S, K]; or, of an unrolled model, such a pair
+    without L for each layer, which a decoding loop reads and writes in place.
+  positions: of the token that a slot holds in its text, -1 where it holds none.
+  index: the slot that is written next, one for all rows. A write past S is not
+    checked (the index is traced); whoever makes the cache makes it long enough.
   empty: static; nothing was written yet, so that a prefill does not attend to
     S empty slots. It changes the structure: fill a cache before it becomes the
     carry of a loop.
   """
 
-  k: Float[Array, "L B J S K"]
-  v: Float[Array, "L B J S K"]
-  mask: Bool[Array, "B S"]
+  layers: tuple[Any, ...]
+  positions: Int[Array, "B S"]
   index: Int[Array, ""]
   empty: bool = static(False)
 
+  @property
+  def is_unrolled(self) -> bool:
+    return isinstance(self.layers[0], tuple)
+
 
 def init_cache(
-    config: TransformerConfig, batch_size: int, length: int
+    config: TransformerConfig,
+    batch_size: int,
+    length: int,
+    is_unrolled: bool = False,
 ) -> Cache:
   """An empty cache for `length` tokens a row, padding included."""
   if not 0 < length <= config.max_length:
     raise ValueError(
         f"cache length {length} is not in 1..max_length={config.max_length}"
     )
-  shape = (
-      config.num_layers,
-      batch_size,
-      config.num_kv_heads,
-      length,
-      config.head_dim,
-  )
+  shape = (batch_size, config.num_kv_heads, length, config.head_dim)
+  if is_unrolled:
+    pair = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(2))
+    layers = tuple(pair() for _ in range(config.num_layers))
+  else:
+    shape = (config.num_layers, *shape)
+    layers = tuple(jnp.zeros(shape, config.dtype) for _ in range(2))
   return Cache(
-      k=jnp.zeros(shape, config.dtype),
-      v=jnp.zeros(shape, config.dtype),
-      mask=jnp.zeros((batch_size, length), jnp.bool_),
+      layers=layers,
+      positions=jnp.full((batch_size, length), -1, jnp.int32),
       index=jnp.zeros((), jnp.int32),
       empty=True,
   )
+
+
+def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
+  """A model's variables as its `is_unrolled` twin takes them, layer by layer.
+
+  Made once, before a decoding loop. A loop that does little work a token would
+  otherwise copy and convert as much as it reads: XLA on CPU copies a slice of
+  stacked weights before it multiplies by it.
+
+  Args:
+    dtype: of the matmuls, in which their weights are kept.
+  """
+
+  def in_dtype(path, x):
+    names = [entry.key for entry in path]
+    is_exact = "router" in names or names[-1] not in _CONVERTED
+    return x if is_exact else x.astype(dtype)
+
+  def one(collection):
+    collection = jax.tree_util.tree_map_with_path(in_dtype, collection)
+    trunk = dict(collection["trunk"])
+    layers = trunk.pop("layers")
+    (num_layers,) = {len(x) for x in jax.tree.leaves(layers)}
+    for i in range(num_layers):
+      trunk[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], layers)
+    return {**collection, "trunk": trunk}
+
+  return {name: one(collection) for name, collection in variables.items()}
 
 
 class Block(nn.Module):
@@ -122,9 +161,13 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-  """The trunk: tokens to hidden states after the final norm."""
+  """The trunk: tokens to hidden states after the final norm.
+
+  is_unrolled: layers have params of their own (`unrolled`) and are no scan.
+  """
 
   config: TransformerConfig
+  is_unrolled: bool = False
 
   def setup(self):
     cfg = self.config
@@ -137,6 +180,10 @@ class Transformer(nn.Module):
       self.position_embedding = self.param(
           "position_embedding", init, shape, cfg.param_dtype
       )
+    self.final_norm = Norm(cfg)
+    if self.is_unrolled:
+      self.layers = [Block(cfg) for _ in range(cfg.num_layers)]
+      return
     # A loop keeps XLA from merging the recomputation with the original; layers
     # unrolled side by side need to be told.
     unrolled = cfg.scan_unroll > 1
@@ -150,7 +197,6 @@ class Transformer(nn.Module):
         length=cfg.num_layers,
         unroll=cfg.scan_unroll,
     )(cfg)
-    self.final_norm = Norm(cfg)
 
   def __call__(
       self,
@@ -178,14 +224,25 @@ class Transformer(nn.Module):
       segment_ids = (segment_ids > 0).astype(jnp.int32)
     positions = _positions(segment_ids, cache)
     sights, is_full = self._sights(segment_ids, positions, cache)
-    past = None
-    if cache is not None:
-      past = () if cache.empty else (cache.k, cache.v)
     x = self.embed(tokens, segment_ids, positions)
-    x, new = self.layers(x, sights, past, is_full)
+    if self.is_unrolled:
+      x, new = self._one_by_one(x, sights, cache, is_full)
+    else:
+      past = None
+      if cache is not None:
+        past = () if cache.empty else cache.layers
+      x, new = self.layers(x, sights, past, is_full)
     if cache is not None:
-      cache = _write(cache, new, segment_ids)
+      cache = _write(cache, new, _slots(segment_ids, positions))
     return self.final_norm(x), cache
+
+  def _one_by_one(self, x, sights, cache, is_full):
+    layers = []
+    for i, layer in enumerate(self.layers):
+      past = cache and OwnCache(*cache.layers[i], cache.index)
+      x, pair = layer(x, sights, past, None if is_full is None else is_full[i])
+      layers.append(pair)
+    return x, tuple(layers)
 
   def _sights(self, segment_ids, positions, cache):
     """What layers see: computed once for each kind, and which kind is where."""
@@ -238,8 +295,8 @@ def _sight(
 ) -> dict[str, Any]:
   """Masks and rotations, which all layers of one kind share.
 
-  {"segment_ids", "mask", "past_mask" with a cache, "rotary": (sin, cos) if
-  rotary}
+  {"segment_ids", "mask", "cache_mask" with a cache that is not empty, "rotary":
+  (sin, cos) if rotary}
   """
   sight = {
       "segment_ids": segment_ids,
@@ -249,8 +306,14 @@ def _sight(
     sight["rotary"] = attention.rotary_tables(
         positions, config.rotary_dim, theta, scaling
     )
-  if cache is not None:
-    sight["past_mask"] = attention.past_mask(cache.mask, positions, window)
+  if cache is not None and not cache.empty:
+    slots = cache.positions
+    if cache.is_unrolled:
+      # An unrolled model writes before it reads.
+      slots = jax.lax.dynamic_update_slice_in_dim(
+          slots, _slots(segment_ids, positions), cache.index, axis=1
+      )
+    sight["cache_mask"] = attention.cache_mask(slots, positions, window)
   return sight
 
 
@@ -269,27 +332,30 @@ def _positions(
 ) -> Int[Array, "B N"]:
   if cache is None:
     return segment_positions(segment_ids)
-  before = jnp.sum(cache.mask, axis=1, dtype=jnp.int32)
+  before = jnp.max(cache.positions, axis=1) + 1
   seen = before[:, None] + jnp.cumsum(segment_ids, axis=1, dtype=jnp.int32)
   return jnp.maximum(seen - 1, 0)
 
 
+def _slots(segment_ids: Int[Array, "B N"], positions: Int[Array, "B N"]):
+  return jnp.where(segment_ids > 0, positions, -1)
+
+
 def _write(
-    cache: Cache,
-    new: tuple[Float[Array, "L B J N K"], Float[Array, "L B J N K"]],
-    real: Int[Array, "B N"],
+    cache: Cache, new: tuple[Any, ...], slots: Int[Array, "B N"]
 ) -> Cache:
-  n, size = real.shape[1], cache.mask.shape[1]
+  n, size = slots.shape[1], cache.positions.shape[1]
   if n > size:
     raise ValueError(f"{n} tokens do not fit into a cache of length {size}")
-  k, v = (
-      partitioning.constrain(
-          jax.lax.dynamic_update_slice_in_dim(old, x, cache.index, axis=3),
-          "cache",
-      )
-      for old, x in zip((cache.k, cache.v), new, strict=True)
+  put = jax.lax.dynamic_update_slice_in_dim
+  layers = new
+  if not cache.is_unrolled:
+    layers = tuple(
+        partitioning.constrain(put(old, x, cache.index, axis=3), "cache")
+        for old, x in zip(cache.layers, new, strict=True)
+    )
+  return Cache(
+      layers=layers,
+      positions=put(cache.positions, slots, cache.index, axis=1),
+      index=cache.index + n,
   )
-  mask = jax.lax.dynamic_update_slice_in_dim(
-      cache.mask, real > 0, cache.index, axis=1
-  )
-  return Cache(k=k, v=v, mask=mask, index=cache.index + n)

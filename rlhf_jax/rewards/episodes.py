@@ -16,7 +16,7 @@ import jax
 from jax.experimental import multihost_utils
 import numpy as np
 
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.types import Rollout
 
@@ -39,7 +39,7 @@ class Episodes:
   @functools.cached_property
   def host_rollout(self) -> Rollout:
     """The rollout as numpy arrays, all rows."""
-    return sharding.to_host(self.rollout)
+    return device_mesh.to_host(self.rollout)
 
   @functools.cached_property
   def prompts(self) -> list[str]:

@@ -1,6 +1,7 @@
 """A trained reward model as a reward function."""
 
 import functools
+import itertools
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int
 import numpy as np
 
+from rlhf_jax.data import own_part
 from rlhf_jax.data.encoding import LengthError
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.losses import masking
@@ -82,6 +84,19 @@ def _closed(
   return jnp.where(here, eos_ids[0], tokens), jnp.where(here, 1, mask)
 
 
+def _read_anew(episodes: Episodes, tokenizer: Tokenizer) -> list[list[int]]:
+  """Ids of each whole episode, with the end token if it ended."""
+  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
+  return [
+      start + prompt + completion + ([tokenizer.eos_id] if ended else [])
+      for prompt, completion, ended in zip(
+          tokenizer.encode_batch(episodes.prompts),
+          tokenizer.encode_batch(episodes.completions, continues=True),
+          episodes.host_rollout.ended,
+      )
+  ]
+
+
 # Few widths, so that few programs are compiled.
 _WIDTH_STEP = 64
 
@@ -90,15 +105,11 @@ def _encode_anew(
     episodes: Episodes, tokenizer: Tokenizer, max_length: int
 ) -> tuple[np.ndarray, np.ndarray]:
   """[B, T] right-padded tokens and mask under another tokenizer."""
-  start = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
-  rows = [
-      start + prompt + completion + ([tokenizer.eos_id] if ended else [])
-      for prompt, completion, ended in zip(
-          tokenizer.encode_batch(episodes.prompts),
-          tokenizer.encode_batch(episodes.completions, continues=True),
-          episodes.host_rollout.ended,
-      )
-  ]
+  mine = episodes.share()
+  parts = own_part.of_all(lambda: _read_anew(mine, tokenizer))
+  rows = list(itertools.chain.from_iterable(parts))
+  # The last process may have some of the first rows again.
+  rows = rows[: episodes.host_rollout.ended.shape[0]]
   longest = max(len(row) for row in rows)
   width = -(-longest // _WIDTH_STEP) * _WIDTH_STEP
   # Rounding up must not make a row too long that is not.

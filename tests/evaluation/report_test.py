@@ -156,6 +156,21 @@ def test_summary_text_is_aligned_and_plain(whole_run):
   assert max(map(len, lines)) <= 80
 
 
+def test_what_rounds_to_zero_has_no_minus_sign(tmp_path):
+  run = synthetic_run.make_run(tmp_path)
+  path = run / "evaluate" / "evaluation.json"
+  tiny = dict(mean=-2e-6, low=-3e-6, high=-1e-6)
+  evaluation = json.loads(path.read_text())
+  for policy in evaluation["policies"].values():
+    policy |= {"true_reward": tiny, "score": tiny, "kl": tiny}
+    policy["parts"] = {"form": -2e-6}
+  for pair in evaluation["paired"]:
+    pair |= {"difference": tiny, "length_controlled": tiny}
+  path.write_text(json.dumps(evaluation))
+  for text in (report.summary_text(run), read_page(run).text):
+    assert "0.000" in text and not re.search(r"-0\.0+\b", text)
+
+
 def test_an_output_elsewhere_is_written_there(whole_run, tmp_path):
   path = report.write_report(whole_run, tmp_path / "page.html")
   assert path == tmp_path / "page.html" and path.exists()

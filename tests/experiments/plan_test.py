@@ -22,7 +22,7 @@ from experiments.harness import (
 )
 from experiments.harness.config import from_config
 from experiments.harness.planner import Target
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.planning import cache, topologies
 
 REPO = pathlib.Path(__file__).resolve().parents[2]
@@ -67,7 +67,7 @@ def cache_dir(tmp_path_factory) -> pathlib.Path:
 
 def make_plan(config: ConfigDict, target, cache_dir) -> planner.Plan:
   built = from_config(ppo.Config, config)
-  mesh = sharding.make_mesh(built.mesh, target.devices)
+  mesh = device_mesh.make_mesh(built.mesh, target.devices)
   return planner.make_plan(built, mesh, target, cache_dir)
 
 
@@ -143,7 +143,7 @@ def test_what_the_compiler_refuses_is_told_with_its_numbers(
 
 def test_another_program_is_not_found_in_the_cache(tmp_path, target):
   config = from_config(ppo.Config, small(write_shape(tmp_path / "model")))
-  mesh = sharding.make_mesh(config.mesh, target.devices)
+  mesh = device_mesh.make_mesh(config.mesh, target.devices)
   programs = lambda config: planner.plan_programs.make_iteration(
       config, mesh
   ).programs

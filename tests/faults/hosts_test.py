@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from tests.experiments import tiny
+from tests.faults import own_part
 
 NUM_DEVICES = 4
 
@@ -148,10 +149,11 @@ import sys
 import jax, jax.numpy as jnp, numpy as np
 from experiments.harness import hosts, stage
 from experiments.harness.fingerprint import fingerprint
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.rewards import episodes
-from rlhf_jax.sharding import MeshConfig
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.types import Rollout
+from tests.faults import own_part
 
 class Tokenizer:  # a token is a number
   def decode_batch(self, tokens, mask, **how):
@@ -164,21 +166,21 @@ with hosts.joined(hosts.Hosts(
   n = jax.device_count()
   whole = np.arange(12 * n * 3, dtype=np.float32).reshape(12 * n, 3)
   for sizes in (dict(data=-1), dict(fsdp=-1, tensor=2), dict(tensor=-1)):
-    mesh = sharding.make_mesh(MeshConfig(**sizes))
-    mine = sharding.local_rows(mesh, 12 * n)
+    mesh = device_mesh.make_mesh(MeshConfig(**sizes))
+    mine = device_mesh.local_rows(mesh, 12 * n)
     assert len(mine) == 12 * n // (1 if "data" not in sizes and
                                    "fsdp" not in sizes else num), sizes
-    x = sharding.shard_rows({"x": whole[mine]}, mesh)["x"]
+    x = device_mesh.shard_rows({"x": whole[mine]}, mesh)["x"]
     assert x.shape == whole.shape and not x.is_fully_addressable
-    assert (sharding.to_host(x) == whole).all()
+    assert (device_mesh.to_host(x) == whole).all()
     assert float(jax.jit(jnp.sum)(x)) == whole.sum()
     assert fingerprint(x) == fingerprint(whole)
-    key = sharding.replicate(jax.random.key(3), mesh)
+    key = device_mesh.replicate(jax.random.key(3), mesh)
     assert jax.random.uniform(key) == jax.random.uniform(jax.random.key(3))
-  mesh = sharding.make_mesh(MeshConfig(data=-1))
+  mesh = device_mesh.make_mesh(MeshConfig(data=-1))
   ids = np.arange(12 * n * 2, dtype=np.int32).reshape(12 * n, 2)
-  rollout = sharding.shard_rows(jax.tree.map(
-      lambda x: x[sharding.local_rows(mesh, 12 * n)],
+  rollout = device_mesh.shard_rows(jax.tree.map(
+      lambda x: x[device_mesh.local_rows(mesh, 12 * n)],
       Rollout(prompts=ids, prompt_mask=ids, completions=ids + 1,
               completion_mask=ids, logprobs=ids.astype(np.float32),
               ended=ids[:, 0] > 0)), mesh)
@@ -191,23 +193,30 @@ with hosts.joined(hosts.Hosts(
   assert (score == ids[:, 0] + ids[:, 1] + 1).all(), score
   assert len(calls) == 12 * n // num
   # A number of rows that does not divide: the first are scored twice.
-  odd = jax.tree.map(lambda x: np.asarray(x)[:7], sharding.to_host(rollout))
+  odd = jax.tree.map(lambda x: np.asarray(x)[:7], device_mesh.to_host(rollout))
   score = episodes.make_rule_reward(rule)(episodes.Episodes(odd, Tokenizer()))
   assert (score == (ids[:, 0] + ids[:, 1] + 1)[:7]).all(), score
+  own_part.check_read_anew(episodes.Episodes(odd, Tokenizer()), num)
+  np.savez(sys.argv[4], **own_part.encoded())
+  print("failure", own_part.failure(index, num))
+  print("others", own_part.other_records(index))
   stage.barrier("done")
 print("well")
 """
 
 
 @pytest.mark.parametrize("num", [2, 3])
-def test_rows_scores_and_hashes_are_of_all_processes(num):
+def test_rows_scores_texts_and_hashes_are_of_all_processes(num, tmp_path):
   address = f"localhost:{_free_port()}"
   env = tiny.environment() | {
       "XLA_FLAGS": "--xla_force_host_platform_device_count=2"
   }
   processes = [
       subprocess.Popen(
-          [sys.executable, "-c", _PIECES, address, str(num), str(i)],
+          [
+              *(sys.executable, "-c", _PIECES, address, str(num), str(i)),
+              str(tmp_path / f"{i}.npz"),
+          ],
           cwd=tiny.REPO,
           env=env,
           stdout=subprocess.PIPE,
@@ -219,6 +228,28 @@ def test_rows_scores_and_hashes_are_of_all_processes(num):
   logs = [process.communicate(timeout=300)[0] for process in processes]
   for process, log in zip(processes, logs):
     assert process.returncode == 0 and "well" in log, log
+  _check_own_parts([np.load(tmp_path / f"{i}.npz") for i in range(num)])
+  for i, log in enumerate(logs):
+    told = f"process {num - 1} of {num} could not encode its part of the texts"
+    told = "failure " + (f"OwnPartError: {told}: " if i < num - 1 else "")
+    assert f"{told}ValueError: text 0 holds a lone surrogate" in log
+    assert "All processes must see the same files" in log
+
+
+def _check_own_parts(found) -> None:
+  """All have the arrays of one process, and each encoded its part of them."""
+  for name, wanted in own_part.encoded().items():
+    arrays = [x[name] for x in found]
+    if not name.endswith("/texts"):
+      for array in arrays:
+        np.testing.assert_array_equal(array, wanted, err_msg=name)
+        assert array.dtype == wanted.dtype, name
+      continue
+    assert wanted >= len(own_part.TEXTS), name
+    # Rankings of several lengths part here and there from their prompt.
+    most = 1.2 * wanted if name.startswith("rankings") else wanted
+    assert max(arrays) <= most / len(found) + 4, name
+    assert wanted <= sum(arrays) <= most, name
 
 
 def test_processes_write_one_report(finished_run, tmp_path):

@@ -1,3 +1,4 @@
+import dataclasses
 import functools
 
 import hypothesis
@@ -11,6 +12,7 @@ import scipy.stats
 
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.losses.language_modeling import token_logprobs
+from rlhf_jax.models import lora
 from rlhf_jax.models.families import huggingface
 from rlhf_jax.models.heads import LanguageModel
 from tests.models.families import hf_models
@@ -85,6 +87,45 @@ def test_greedy_equals_argmax_of_full_forwards_without_a_cache(variant):
     mask = mask.at[:, t].set(1)
   np.testing.assert_array_equal(rollout.completions, tokens[:, P:])
   assert not rollout.ended.any()
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["gpt2", "window", "gemma", "two_ropes", "post_norm", "experts"],
+)
+def test_unrolled_layers_generate_what_a_scan_over_them_does(variant):
+  """Ragged prompts, rows that end early, windows that are left behind."""
+  model, params, generate = _model(variant)
+  scanned = jax.jit(make_generate(model, is_unrolled=False))
+  cfg = SamplingConfig(max_new_tokens=12, eos_id=3, stop_ids=(2, 7, 11))
+  args = random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0), cfg
+  fast, plain = generate(params, *args), scanned(params, *args)
+  _same_rows(fast, plain, np.arange(B))
+  lengths = np.sum(fast.completion_mask, axis=1)
+  assert lengths.min() < 6
+  assert lengths.max() > 6
+
+
+def test_unrolled_layers_take_an_adapter_and_weights_in_the_matmuls_dtype():
+  model, params = small_language_model(dtype="bfloat16", **VARIANTS["experts"])
+  adapter = lora.init(
+      jax.random.key(1),
+      lora.LoraConfig(rank=2, alpha=4.0, targets=("all-linear",)),
+      params,
+  )
+  adapter = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), adapter)
+  adapted = {
+      "base": params, "adapter": adapter, "adapter_scale": jnp.float32(2.0)
+  }
+  cfg = SamplingConfig(max_new_tokens=C, eos_id=-1, greedy=True)
+  args = random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0), cfg
+  fast, plain, without = (
+      jax.jit(make_generate(model, is_unrolled=x))(weights, *args)
+      for x, weights in ((True, adapted), (False, adapted), (True, params))
+  )
+  np.testing.assert_array_equal(fast.completions, plain.completions)
+  np.testing.assert_allclose(fast.logprobs, plain.logprobs, atol=0.02)
+  assert (fast.completions != without.completions).any()
 
 
 def test_first_tokens_follow_the_models_distribution():
@@ -217,9 +258,7 @@ class _Script:
     jax.debug.callback(lambda index: self.calls.append(int(index)), cache.index)
     index = cache.index + tokens.shape[1]
     logits = 9.0 * jax.nn.one_hot(self.script[:, index - P], 19)[:, None]
-    return logits, cache.__class__(
-        k=cache.k, v=cache.v, mask=cache.mask, index=index
-    )
+    return logits, dataclasses.replace(cache, index=index, empty=False)
 
 
 def _play(script, **fields):
@@ -229,7 +268,9 @@ def _play(script, **fields):
       **{"max_new_tokens": length, "eos_id": 1, "greedy": True, **fields}
   )
   ones = jnp.ones((rows, P), jnp.int32)
-  rollout = make_generate(model)({}, ones, ones, jax.random.key(0), cfg)
+  # It has no layers that could be taken apart.
+  generate = make_generate(model, is_unrolled=False)
+  rollout = generate({}, ones, ones, jax.random.key(0), cfg)
   jax.effects_barrier()
   return rollout, model.calls
 

@@ -30,6 +30,56 @@ def test_draws_follow_the_distribution_at_the_temperature(temperature):
   assert scipy.stats.chisquare(counts, expected).pvalue > 1e-3
 
 
+def _counts(logits, num, seed=0):
+  rngs = jax.random.split(jax.random.key(seed), num)
+  draw = jax.jit(jax.vmap(sampling.sample, (0, None)))
+  drawn = np.asarray(draw(rngs, jnp.asarray(logits)))
+  return np.bincount(drawn, minlength=len(logits))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3, 5, 16, 257, 1000])
+@pytest.mark.parametrize("cut", ["none", "top_k", "top_p"])
+def test_draws_of_any_vocabulary_pass_chi_square(size, cut):
+  """Blocks of the last size or less, and blocks in which nothing is left."""
+  logits = np.random.default_rng(size).normal(size=size, scale=1.5)
+  logits = jnp.asarray(logits, jnp.float32)
+  if cut == "top_k":
+    logits = sampling.apply_top_k(logits, 1 + size // 3)
+  elif cut == "top_p":
+    logits = sampling.apply_top_p(logits, 0.7)
+  probs, num = _softmax(np.asarray(logits)), 200_000
+  counts = _counts(logits, num)
+  assert counts.sum() == num and counts.shape == (size,)
+  assert not counts[probs == 0].any()
+  # Those of few expected draws are one class together.
+  rare = num * probs < 10
+  observed = [*counts[~rare], counts[rare].sum()]
+  expected = [*(num * probs[~rare]), num * probs[rare].sum()]
+  keep = np.asarray(expected) > 0
+  if keep.sum() > 1:
+    observed, expected = np.asarray(observed)[keep], np.asarray(expected)[keep]
+    assert scipy.stats.chisquare(observed, expected).pvalue > 1e-4
+
+
+def test_a_token_is_drawn_wherever_it_stands_if_it_is_the_only_one():
+  for size in (1, 2, 31, 32, 33, 1025):
+    for place in {0, size // 2, size - 1}:
+      logits = jnp.full((size,), -jnp.inf).at[place].set(-1e4)
+      assert _counts(logits, 50)[place] == 50
+
+
+def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
+  """Of 65,536 equal ones beside one of half the mass: no block is missed."""
+  size = 1 << 16
+  logits = np.zeros(size + 1, np.float32)
+  logits[size // 2] = np.log(size)
+  counts = _counts(logits, 100_000)
+  rest = np.delete(counts, size // 2)
+  assert abs(rest.sum() - 50_000) < 4 * 158
+  blocks = rest.reshape(64, -1).sum(axis=1)
+  assert scipy.stats.chisquare(blocks).pvalue > 1e-4
+
+
 @hypothesis.given(logits=LOGITS, top_k=st.integers(1, 8))
 def test_top_k_keeps_the_k_largest_and_ties_with_the_last(logits, top_k):
   kept = np.isfinite(sampling.apply_top_k(jnp.asarray(logits), top_k))

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.losses import chunking, kl, masking
 from rlhf_jax.losses import language_modeling as lm
 from tests.losses import ragged
@@ -147,8 +147,11 @@ def test_devices_change_nothing_and_gather_no_rows():
     ).sum()
 
   kernel = _draw(2, D, V)
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
-  args = (sharding.replicate(kernel, mesh), *sharding.shard_rows(batch, mesh))
+  mesh = device_mesh.make_mesh(device_mesh.MeshConfig(data=8))
+  args = (
+      device_mesh.replicate(kernel, mesh),
+      *device_mesh.shard_rows(batch, mesh),
+  )
   compiled = loss.lower(*args).compile()
   jax.tree.map(
       functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-5),

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.models import attention, attention_kernels
 from tests.models.small import random_tokens, small_language_model
 
@@ -110,14 +110,14 @@ def test_splash_runs_on_each_devices_own_rows():
   segment_ids = jnp.asarray(np.tile(SEGMENT_IDS, (rows // B, 1)))
   attend = jax.jit(functools.partial(_attend, "splash", window=0))
   wanted = attend(*arrays, segment_ids)
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=rows))
-  split = sharding.shard_rows((*arrays, segment_ids), mesh)
+  mesh = device_mesh.make_mesh(device_mesh.MeshConfig(data=rows))
+  split = device_mesh.shard_rows((*arrays, segment_ids), mesh)
   compiled = attend.lower(*split).compile()
   actual = compiled(*split)
   np.testing.assert_allclose(actual, wanted, atol=1e-6)
   # No device gathers another's rows.
   assert "all-gather" not in compiled.as_text()
-  assert actual.sharding.spec[0] == sharding.ROWS
+  assert actual.sharding.spec[0] == device_mesh.ROWS
 
 
 @pytest.mark.parametrize("parallelism", ["jit", "pmap"])

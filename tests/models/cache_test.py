@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.transformer import init_cache
+from rlhf_jax.models.transformer import init_cache, unrolled
 from tests.models.small import VARIANTS, random_tokens, small_language_model
 
 MASK = np.asarray(
@@ -42,12 +42,44 @@ def test_cached_decoding_equals_full_forward(variant, chunks):
     pieces.append(logits)
     start += n
   assert int(cache.index) == 9
-  np.testing.assert_array_equal(cache.mask[:, :9], MASK == 1)
-  assert not cache.mask[:, 9:].any()
+  positions = np.where(MASK == 1, np.cumsum(MASK, axis=1) - 1, -1)
+  np.testing.assert_array_equal(cache.positions[:, :9], positions)
+  assert (cache.positions[:, 9:] == -1).all()
   actual = np.concatenate(pieces, axis=1)
   np.testing.assert_allclose(
       actual[MASK == 1], np.asarray(expected)[MASK == 1], atol=1e-5
   )
+
+
+@pytest.mark.parametrize("variant", ["llama", "gemma"])
+@pytest.mark.parametrize("chunks", [[5, 1, 1, 1, 1], [3, 4, 2]])
+def test_a_cache_of_unrolled_layers_is_equal_to_that_of_a_scan(
+    variant, chunks
+):
+  model, params = small_language_model(**VARIANTS[variant])
+  twin = model.clone(is_unrolled=True)
+  variables = {"params": params}
+  apart = unrolled(variables, "float32")
+  assert set(apart["params"]["trunk"]) >= {"layers_0", "layers_1"}
+  tokens, mask = random_tokens(0, 3, 9), jnp.asarray(MASK)
+  cache = init_cache(model.config, 3, 11)
+  own = init_cache(model.config, 3, 11, is_unrolled=True)
+  start = 0
+  for n in chunks:
+    piece = tokens[:, start : start + n], mask[:, start : start + n]
+    expected, cache = jax.jit(model.apply)(variables, *piece, cache)
+    actual, own = jax.jit(twin.apply)(apart, *piece, own)
+    real = MASK[:, start : start + n] == 1
+    np.testing.assert_allclose(
+        np.asarray(actual)[real], np.asarray(expected)[real], atol=1e-5
+    )
+    start += n
+  real = np.asarray(cache.positions) >= 0
+  for i, pair in enumerate(own.layers):
+    for x, stacked in zip(pair, cache.layers, strict=True):
+      x, y = (np.moveaxis(z, 2, 1)[real] for z in (x, stacked[i]))
+      np.testing.assert_allclose(x, y, atol=1e-5)
+  np.testing.assert_array_equal(own.positions, cache.positions)
 
 
 def test_padding_after_the_end_of_a_row_leaves_later_tokens_alone():

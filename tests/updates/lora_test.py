@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import device_mesh, optim
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import optim, sharding
 from rlhf_jax.generation import decode
 from rlhf_jax.models import functions, heads, lora
 from rlhf_jax.train_state import TrainState, create_train_state
@@ -155,12 +155,12 @@ def test_microbatches_change_no_mask_of_dropout(num_microbatches):
 
 def test_devices_change_no_mask_of_dropout():
   one, _ = _sft(DROPOUT)
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+  mesh = device_mesh.make_mesh(device_mesh.MeshConfig(data=8))
   eight, _ = sft_update(
-      sharding.replicate(_sft_state(), mesh),
-      sharding.shard_rows(small.lm_batch(), mesh),
+      device_mesh.replicate(_sft_state(), mesh),
+      device_mesh.shard_rows(small.lm_batch(), mesh),
       CFG,
-      sharding.replicate(
+      device_mesh.replicate(
           frozen_base(small.language_model_params(), DROPOUT), mesh
       ),
   )

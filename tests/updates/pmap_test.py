@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from experiments.harness import parallelism
-from rlhf_jax import sharding
+from rlhf_jax import device_mesh
 from rlhf_jax.models import functions
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.updates import gradient, ppo, reward, sft
@@ -26,7 +26,7 @@ assert_close = functools.partial(assert_trees_close, rtol=1e-5, atol=1e-5)
 
 
 def _pmap(update, num_devices=8, rows=(1,), **options):
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=num_devices))
+  mesh = device_mesh.make_mesh(device_mesh.MeshConfig(data=num_devices))
   return parallelism.compile_step(update, "pmap", mesh, rows=rows, **options)
 
 

@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import device_mesh
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import sharding
 from rlhf_jax.models import functions, heads
 from rlhf_jax.updates import gradient, ppo, sft
 from tests.reference import losses as reference
@@ -173,15 +173,15 @@ def test_microbatches_change_nothing_in_scoring_and_update(scored, updated):
 
 
 def test_devices_change_nothing_in_scoring_and_update(scored, updated):
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+  mesh = device_mesh.make_mesh(device_mesh.MeshConfig(data=8))
   score_rollout, update = _programs()
-  rollout = sharding.shard_rows(scored.rollout, mesh)
-  state = sharding.replicate(_state(), mesh)
+  rollout = device_mesh.shard_rows(scored.rollout, mesh)
+  state = device_mesh.replicate(_state(), mesh)
   scored_8, metrics_8 = score_rollout(
       state.train.params,
-      sharding.replicate(_ref_params(), mesh),
+      device_mesh.replicate(_ref_params(), mesh),
       rollout,
-      sharding.shard_rows(SCORE, mesh),
+      device_mesh.shard_rows(SCORE, mesh),
       KL_COEF,
       CFG,
   )
@@ -191,7 +191,7 @@ def test_devices_change_nothing_in_scoring_and_update(scored, updated):
   assert_trees_close(
       compute(metrics_8), compute(_score()[1]), rtol=1e-5, atol=1e-5
   )
-  ptx = sharding.shard_rows(small.lm_batch(), mesh)
+  ptx = device_mesh.shard_rows(small.lm_batch(), mesh)
   state_8, metrics_8 = update(state, scored_8, ptx, CFG)
   assert state_8.kl_coef.sharding.is_fully_replicated
   assert_trees_close(

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import device_mesh, optim
 from rlhf_jax import metrics as metrics_lib
-from rlhf_jax import optim, sharding
 from rlhf_jax.data import packing
 from rlhf_jax.losses.language_modeling import token_logprobs
 from rlhf_jax.models import functions
@@ -79,10 +79,10 @@ def test_microbatches_change_nothing(updated):
 
 def test_devices_change_nothing(updated):
   state, metrics = updated
-  mesh = sharding.make_mesh(sharding.MeshConfig(data=8))
+  mesh = device_mesh.make_mesh(device_mesh.MeshConfig(data=8))
   state_8, metrics_8 = update(
-      sharding.replicate(_state(), mesh),
-      sharding.shard_rows(small.lm_batch(), mesh),
+      device_mesh.replicate(_state(), mesh),
+      device_mesh.shard_rows(small.lm_batch(), mesh),
       CFG,
   )
   assert_trees_close(state_8.params, state.params, atol=1e-5)

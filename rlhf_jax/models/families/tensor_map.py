@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax import sharding as sharding_lib
+from rlhf_jax import device_mesh
 from rlhf_jax.models.families.hf_config import FamilyError
 from rlhf_jax.models.families.table import Shape, Tensor, linear
 from rlhf_jax.models.families.tensor_files import (
@@ -179,7 +179,7 @@ def _read_row(
 def _put(x: np.ndarray, sharding: Any) -> jax.Array:
   # To its end: until then the host's array is kept.
   if isinstance(sharding, jax.sharding.NamedSharding):
-    return sharding_lib.put(x, sharding).block_until_ready()
+    return device_mesh.put(x, sharding).block_until_ready()
   return jax.device_put(x, sharding).block_until_ready()
 
 

@@ -22,7 +22,7 @@ from experiments.harness import benchmark_loads as loads
 from experiments.harness.benchmark_config import Config
 from experiments.harness.benchmark_timing import Measure, Part, timed
 from experiments.harness.parallelism import compile_step
-from rlhf_jax import optim, sharding
+from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax.generation import decode
 from rlhf_jax.losses import (
     chunking,
@@ -214,7 +214,7 @@ def _pairs(config: Config) -> PreferenceBatch:
 
 def _trained(config: Config, params: Any, tx: Any, update: Any):
   """A state and its update, compiled as the stages' binaries do."""
-  mesh = sharding.make_mesh(config.ppo.mesh)
+  mesh = device_mesh.make_mesh(config.ppo.mesh)
   rules = config.ppo.sharding.rules_of("policy")
   state = sharding.place(
       create_train_state(params, tx, jax.random.key(0)), rules, mesh

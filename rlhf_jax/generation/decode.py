@@ -112,10 +112,9 @@ def make_generate(
     if rows is None:
       rows = jnp.arange(b, dtype=jnp.int32)
     row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-    apply, cache = _prepare(
-        model, is_unrolled, params, prompts, cfg.max_new_tokens
+    logits, cache, apply = _prefill(
+        model, is_unrolled, params, prompts, prompt_mask, cfg.max_new_tokens
     )
-    logits, cache = apply(prompts, prompt_mask, cache, last=1)
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
     def unfinished(state: _State):
@@ -140,23 +139,27 @@ def make_generate(
   return generate
 
 
-def _prepare(model, is_unrolled, params, prompts, max_new_tokens):
-  """The model bound to its weights, and an empty cache for it."""
+def _prefill(
+    model, is_unrolled, params, prompts, prompt_mask, max_new_tokens
+):
+  """(logits [B, 1, V], the filled cache, what applies the model to it)."""
   if is_unrolled is None:
     is_unrolled = attention_kernels.platform_of(prompts) != "tpu"
+  # Unrolled layers within a scan would each copy their slice of the cache.
+  if model.config.scan_unroll > 1:
+    config = dataclasses.replace(model.config, scan_unroll=1)
+    model = model.clone(config=config)
   variables = lora.variables(params)
-  config = model.config
-  if is_unrolled:
-    variables = transformer.unrolled(variables, config.dtype)
-    model = model.clone(is_unrolled=True)
-  elif config.scan_unroll > 1:
-    # Layers unrolled within a scan would each copy their slice of the cache.
-    model = model.clone(config=dataclasses.replace(config, scan_unroll=1))
-  # The last token drawn is never fed back, so it needs no slot.
   b, p = prompts.shape
+  # The last token drawn is never fed back, so it needs no slot.
   length = p + max(max_new_tokens - 1, 1)
-  cache = init_cache(config, b, length, is_unrolled)
-  return functools.partial(model.apply, variables), cache
+  cache = init_cache(model.config, b, p if is_unrolled else length)
+  logits, cache = model.apply(variables, prompts, prompt_mask, cache, last=1)
+  if is_unrolled:
+    cache = transformer.unrolled_cache(cache, length)
+    variables = transformer.unrolled(variables, model.config.dtype)
+    model = model.clone(is_unrolled=True)
+  return logits, cache, functools.partial(model.apply, variables)
 
 
 def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:

@@ -35,7 +35,13 @@ ARGS = {
     "rlhf": ("full", "smoke", "hacking", "lora", "stories"),
 }
 # Which binary reads a config file that is not named after it.
-BINARY = {"stories": None, "common": None, "own": None, "scale": None}
+BINARY = {
+    "stories": None,
+    "common": None,
+    "own": None,
+    "scale": None,
+    "benchmark": None,  # no stage; tests/experiments/benchmark_test.py
+}
 CONFIG_FILES = sorted((REPO / "configs").glob("*.py"))
 EACH = [(name, arg) for name in STAGES for arg in ARGS[name]]
 
@@ -106,7 +112,7 @@ def test_a_configs_docstring_holds_its_command(name):
 
 _COMMAND = re.compile(
     r"python -m experiments\.(\w+) --config=configs/(\w+)\.py(?::(\S+))? "
-    r"(?:--reuse=\S+ )?--workdir=\S+"
+    r"(?:--reuse=\S+ )?--(?:workdir|out)=\S+"
 )
 
 

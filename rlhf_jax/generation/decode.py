@@ -11,20 +11,17 @@ row becomes depends on its own prompt and row number alone: not on the rows
 beside it, on its place in the batch, on the batch's size or on sharding.
 """
 
-from collections.abc import Callable, Mapping
-import dataclasses
-import functools
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from rlhf_jax.generation import sampling
+from rlhf_jax.generation import bound_model, sampling
 from rlhf_jax.losses import language_modeling
-from rlhf_jax.models import attention_kernels, lora, transformer
 from rlhf_jax.models.heads import LanguageModel
-from rlhf_jax.models.transformer import Cache, init_cache
+from rlhf_jax.models.transformer import Cache
 from rlhf_jax.types import Rollout, pytree_dataclass, static
 
 
@@ -127,15 +124,12 @@ def make_generate(
     if rows is None:
       rows = jnp.arange(b, dtype=jnp.int32)
     row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-    apply, make_cache = bind(model, is_unrolled, params, prompts)
-    cache = make_cache(prompts.shape[0], cache_length(prompts, cfg))
-    logits, cache = apply(prompts, prompt_mask, cache, last=1)
-    if num_completions > 1:
-      cache = transformer.repeat_rows(cache, num_completions)
-      logits, prompts, prompt_mask = (
-          jnp.repeat(x, num_completions, axis=0)
-          for x in (logits, prompts, prompt_mask)
-      )
+    bound = bound_model.bind(model, params, prompts, is_unrolled)
+    length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)
+    logits, cache = bound.prefill(
+        prompts, prompt_mask, length, num_completions
+    )
+    apply = bound.make_step()
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
     def unfinished(state: _State):
@@ -148,9 +142,10 @@ def make_generate(
       return _record(state, logits[:, 0], row_rngs, cfg)
 
     state = jax.lax.while_loop(unfinished, advance, state)
+    again = lambda x: jnp.repeat(x, num_completions, axis=0)
     return Rollout(
-        prompts=prompts,
-        prompt_mask=prompt_mask,
+        prompts=again(prompts),
+        prompt_mask=again(prompt_mask),
         completions=state.completions,
         completion_mask=state.mask,
         logprobs=state.logprobs,
@@ -158,36 +153,6 @@ def make_generate(
     )
 
   return generate
-
-
-def bind(
-    model: LanguageModel,
-    is_unrolled: bool | None,
-    params: Mapping[str, Any],
-    prompts: Int[Array, "B P"],
-) -> tuple[Callable[..., Any], Callable[[int, int], Cache]]:
-  """(the model's apply with its weights, what makes an empty cache for it).
-
-  The latter takes a number of rows and a length. `is_unrolled` is that of
-  `make_generate`.
-  """
-  if is_unrolled is None:
-    is_unrolled = attention_kernels.platform_of(prompts) != "tpu"
-  variables = lora.variables(params)
-  config = model.config
-  if is_unrolled:
-    variables = transformer.unrolled(variables, config.dtype)
-    model = model.clone(is_unrolled=True)
-  elif config.scan_unroll > 1:
-    # Layers unrolled within a scan would each copy their slice of the cache.
-    model = model.clone(config=dataclasses.replace(config, scan_unroll=1))
-  make_cache = functools.partial(init_cache, config, is_unrolled=is_unrolled)
-  return functools.partial(model.apply, variables), make_cache
-
-
-def cache_length(prompts: Int[Array, "B P"], cfg: SamplingConfig) -> int:
-  """Slots that a row needs: the last token drawn is never fed back."""
-  return prompts.shape[1] + max(cfg.max_new_tokens - 1, 1)
 
 
 def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:

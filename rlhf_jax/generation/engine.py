@@ -31,11 +31,12 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
-from rlhf_jax.generation import decode
+from rlhf_jax.generation import bound_model, decode
+from rlhf_jax.generation.bound_model import BoundModel
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import partitioning
 from rlhf_jax.models.heads import LanguageModel
-from rlhf_jax.models.transformer import Cache, repeat_rows
+from rlhf_jax.models.transformer import Cache
 from rlhf_jax.types import Rollout
 
 
@@ -138,12 +139,11 @@ def make_generate_many(
       rows = jnp.arange(n, dtype=jnp.int32)
     rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
     everyone = _Everyone(prompts, prompt_mask, rngs)
-    apply, make_cache = decode.bind(model, is_unrolled, params, prompts)
-    cache = make_cache(num_slots, decode.cache_length(prompts, cfg))
-    refill = functools.partial(
-        _refill, apply, make_cache, everyone, refill_size, cfg
-    )
-    advance = functools.partial(_advance, apply, everyone, cfg)
+    bound = bound_model.bind(model, params, prompts, is_unrolled)
+    length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)
+    cache = bound.make_cache(num_slots, length)
+    refill = functools.partial(_refill, bound, everyone, refill_size, cfg)
+    advance = functools.partial(_advance, bound.make_step(), everyone, cfg)
 
     def fill_and_decode(state):
       start, slots, results = state
@@ -179,8 +179,7 @@ def _free_slots(cache: Cache, n: int, cfg: SamplingConfig) -> _Slots:
       ended=jnp.zeros((b,), jnp.bool_),
       completions=jnp.zeros((b, cfg.max_new_tokens), jnp.int32),
       logprobs=jnp.zeros((b, cfg.max_new_tokens), jnp.float32),
-      # Prompts come into it from a cache of their own.
-      cache=dataclasses.replace(cache, empty=False),
+      cache=cache,
   )
 
 
@@ -200,8 +199,7 @@ def _is_live(slots: _Slots, n: int, cfg: SamplingConfig) -> Bool[Array, "B"]:
 
 
 def _refill(
-    apply: Callable[..., Any],
-    make_cache: Callable[[int, int], Cache],
+    bound: BoundModel,
     everyone: _Everyone,
     refill_size: int,
     cfg: SamplingConfig,
@@ -224,13 +222,9 @@ def _refill(
 
   ids = start + jnp.arange(refill_size, dtype=jnp.int32)
   ids = jnp.minimum(ids, num_prompts - 1)
-  logits, cache = apply(
-      everyone.prompts[ids],
-      everyone.prompt_mask[ids],
-      make_cache(refill_size, p),
-      last=1,
+  logits, cache = bound.prefill(
+      everyone.prompts[ids], everyone.prompt_mask[ids], p, k
   )
-  logits, cache = jnp.repeat(logits, k, axis=0), repeat_rows(cache, k)
   first = jnp.zeros_like(rows)
   drawn = decode.draw(logits[:, 0], everyone.rngs_of(rows), first, cfg)
   put = lambda whole, x: whole.at[places].set(x, mode="drop")

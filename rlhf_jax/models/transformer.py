@@ -75,25 +75,22 @@ class Cache:
 
 
 def init_cache(
-    config: TransformerConfig,
-    batch_size: int,
-    length: int,
-    is_unrolled: bool = False,
+    config: TransformerConfig, batch_size: int, length: int
 ) -> Cache:
   """An empty cache for `length` tokens a row, padding included."""
   if not 0 < length <= config.max_length:
     raise ValueError(
         f"cache length {length} is not in 1..max_length={config.max_length}"
     )
-  shape = (batch_size, config.num_kv_heads, length, config.head_dim)
-  if is_unrolled:
-    pair = lambda: tuple(jnp.zeros(shape, config.dtype) for _ in range(2))
-    layers = tuple(pair() for _ in range(config.num_layers))
-  else:
-    shape = (config.num_layers, *shape)
-    layers = tuple(jnp.zeros(shape, config.dtype) for _ in range(2))
+  shape = (
+      config.num_layers,
+      batch_size,
+      config.num_kv_heads,
+      length,
+      config.head_dim,
+  )
   return Cache(
-      layers=layers,
+      layers=(jnp.zeros(shape, config.dtype), jnp.zeros(shape, config.dtype)),
       positions=jnp.full((batch_size, length), -1, jnp.int32),
       index=jnp.zeros((), jnp.int32),
       empty=True,
@@ -108,6 +105,22 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
       # [..., B, J, S, K]
       layers=jax.tree.map(lambda x: again(x, x.ndim - 4), cache.layers),
       positions=again(cache.positions, 0),
+  )
+
+
+def unrolled_cache(cache: Cache, length: int) -> Cache:
+  """The cache taken apart by layers, with slots up to `length`."""
+  missing = length - cache.positions.shape[1]
+  longer = lambda x, axis, fill: jnp.pad(
+      x,
+      [(0, missing if i == axis else 0) for i in range(x.ndim)],
+      constant_values=fill,
+  )
+  own = lambda x: partitioning.constrain(longer(x, 2, 0), "layer_cache")
+  return dataclasses.replace(
+      cache,
+      layers=tuple((own(k), own(v)) for k, v in zip(*cache.layers)),
+      positions=longer(cache.positions, 1, -1),
   )
 
 

@@ -30,6 +30,7 @@ class Matmul:
   recomputed: again under remat: in a layer, and the backward pass asks for it.
   chunked: again in any case: `losses/chunking.py` runs it twice.
   name: as in the parameters.
+  shape: (m, k, n) of each of them; None between activations.
   """
 
   name: str
@@ -38,6 +39,7 @@ class Matmul:
   activations: float
   recomputed: bool
   chunked: bool = False
+  shape: tuple[int, int, int] | None = None
 
   def times(self, factor: float) -> "Matmul":
     """So often."""
@@ -160,13 +162,14 @@ def scalar_head(cfg: TransformerConfig, positions: int) -> Matmul:
   return dataclasses.replace(matmul, recomputed=False)
 
 
-def _linear(name: str, m: float, k: int, n: int) -> Matmul:
+def _linear(name: str, m: int, k: int, n: int) -> Matmul:
   return Matmul(
       name=name,
       flops=2.0 * m * k * n,
       weights=float(k * n),
       activations=float(m * (k + n)),
       recomputed=True,
+      shape=(m, k, n),
   )
 
 

@@ -3,7 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.transformer import init_cache, unrolled
+from rlhf_jax.models.transformer import init_cache, unrolled, unrolled_cache
 from tests.models.small import VARIANTS, random_tokens, small_language_model
 
 MASK = np.asarray(
@@ -63,7 +63,7 @@ def test_a_cache_of_unrolled_layers_is_equal_to_that_of_a_scan(
   assert set(apart["params"]["trunk"]) >= {"layers_0", "layers_1"}
   tokens, mask = random_tokens(0, 3, 9), jnp.asarray(MASK)
   cache = init_cache(model.config, 3, 11)
-  own = init_cache(model.config, 3, 11, is_unrolled=True)
+  own = unrolled_cache(init_cache(model.config, 3, 1), 11)
   start = 0
   for n in chunks:
     piece = tokens[:, start : start + n], mask[:, start : start + n]

@@ -1,0 +1,43 @@
+import importlib
+import os
+import subprocess
+import sys
+
+import experiments
+
+
+def _imported(monkeypatch, argv, environ):
+  """What a process would be replaced by when the package is imported."""
+  started = []
+  monkeypatch.setattr(os, "execv", lambda *args: started.append(args))
+  monkeypatch.setattr(os, "environ", environ)
+  monkeypatch.setattr(sys, "argv", argv)
+  monkeypatch.setattr(sys, "platform", "linux")
+  monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "experiments.x", "-v"])
+  importlib.reload(experiments)
+  return started
+
+
+def test_a_binary_starts_anew_with_huge_pages(monkeypatch):
+  environ = {"HOME": "/"}
+  started = _imported(monkeypatch, ["-m", "-v"], environ)
+  args = [sys.executable, "-m", "experiments.x", "-v"]
+  assert started == [(sys.executable, args)]
+  assert environ == {"HOME": "/", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+  # And once only.
+  assert not _imported(monkeypatch, ["-m", "-v"], environ)
+
+
+def test_neither_an_import_nor_a_users_own_setting_starts_anything(monkeypatch):
+  assert not _imported(monkeypatch, ["pytest"], {})
+  assert not _imported(monkeypatch, ["-m"], {"GLIBC_TUNABLES": ""})
+
+
+def test_a_real_binary_gets_there_with_its_arguments_and_exit_code():
+  environ = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+  done = subprocess.run(
+      [sys.executable, "-m", "experiments.report"],
+      env=environ, capture_output=True, text=True, check=False, timeout=120,
+  )
+  assert done.returncode == 1
+  assert "--" in done.stderr

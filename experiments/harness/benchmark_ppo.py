@@ -97,6 +97,7 @@ def make_iteration(config: Config) -> Iteration:
       mesh,
       cfg.sharding,
       cfg.parallelism,
+      cfg.samples.make_generate(config.model),
   )
 
   def step(programs, reward_fn):

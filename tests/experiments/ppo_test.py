@@ -19,6 +19,7 @@ from experiments.harness import (
 from experiments.harness.config import ConfigError, from_config
 from rlhf_jax import device_mesh, optim
 from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.generation import engine
 from rlhf_jax.models import functions
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.types import PromptBatch, ScoreNormalization
@@ -146,6 +147,8 @@ def test_slots_change_no_rollout():
         stop_tokens=tuple(string.ascii_letters + string.punctuation),
     )
     config = from_config(ppo.Config, settings)
+    generate = config.samples.make_generate(POLICY_CONFIG)
+    assert (generate.__module__ == engine.__name__) == (num_slots > 0)
     mesh = device_mesh.make_mesh(config.mesh)
     tx = optim.make_optimizer(config.optimizer, config.num_updates)
     state = create_ppo_state(
@@ -163,7 +166,7 @@ def test_slots_change_no_rollout():
         mesh,
         config.sharding,
         config.parallelism,
-        config.samples.make_generate(POLICY_CONFIG),
+        generate,
     )
     tokens = np.random.default_rng(1).integers(0, 262, (8, LENGTH))
     prompts = PromptBatch(

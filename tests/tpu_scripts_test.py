@@ -477,8 +477,6 @@ def test_the_page_names_binaries_and_fields_that_there_are():
 
 
 def test_shellcheck_is_content():
-  if not shutil.which("shellcheck"):
-    pytest.skip("shellcheck is not installed")
   scripts = sorted(str(path) for path in SCRIPTS.glob("*.sh"))
   assert len(scripts) >= 8
   done = subprocess.run(

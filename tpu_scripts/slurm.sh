@@ -88,11 +88,12 @@ if [[ -e $workdir/finished.json ]]; then
 fi
 # Five minutes before its time is up, the run saves and ends, as on SIGTERM.
 again=false
-# shellcheck disable=SC2317  # The trap calls it.
+# shellcheck disable=SC2317,SC2329  # The trap calls it.
 stop() {
   echo "slurm.sh: time is almost up: saving" >&2
   again=true heard=true
-  scancel --signal=TERM "$SLURM_JOB_ID"
+  # It may have none left to signal: the run decides.
+  scancel --signal=TERM "$SLURM_JOB_ID" || true
 }
 trap stop USR1
 # In the background, since bash hears signals between commands alone.

@@ -9,7 +9,7 @@ Everything is computed in float32 whatever the dtype of the logits.
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, ScalarLike, Shaped
+from jaxtyping import Array, Bool, Float, Int, ScalarLike, Shaped
 
 
 def selected_logprobs(
@@ -39,6 +39,35 @@ def selected_logprobs(
     >>> round(float(logprobs[0]), 4)
     -0.6931
   """
+  selected, log_normalizer, _ = _log_softmax_parts(logits, ids, temperature)
+  return selected - log_normalizer
+
+
+def is_likeliest(
+    logits: Float[Array, "*batch V"], ids: Int[Array, "*batch"]
+) -> Bool[Array, "*batch"]:
+  """Whether none of the V ids is likelier than the given one.
+
+  Cheaper beside a log-probability than an argmax: it shares the maximum.
+
+  Args:
+    logits: any float dtype.
+    ids: in [0, V), one for each distribution.
+
+  Returns:
+    bool of the shape of ids, unreduced; True for each of several that are
+    equally likely.
+
+  Example:
+    >>> logits = jnp.array([[1.0, 3.0], [2.0, 2.0]])
+    >>> is_likeliest(logits, jnp.array([0, 1])).tolist()
+    [False, True]
+  """
+  return _log_softmax_parts(logits, ids, 1.0)[0] >= 0
+
+
+def _log_softmax_parts(logits, ids, temperature):
+  """(logit of the id, log sum exp), both less the maximum, and the maximum."""
   scaled = logits.astype(jnp.float32) / temperature
   # The maximum is subtracted before the gather: at logits around 1e4 a float32
   # log-sum-exp is exact to 1e-3 only. Gathering before the final subtraction
@@ -47,7 +76,7 @@ def selected_logprobs(
   shifted = scaled - largest
   log_normalizer = jnp.log(jnp.sum(jnp.exp(shifted), axis=-1))
   selected = jnp.take_along_axis(shifted, ids[..., None], axis=-1)[..., 0]
-  return selected - log_normalizer
+  return selected, log_normalizer, largest[..., 0]
 
 
 def predictions_and_targets(
@@ -151,7 +180,6 @@ def cross_entropy_loss(
     >>> round(float(jnp.exp(loss)[0]), 4)
     4.0
   """
-  log_normalizer = jax.nn.logsumexp(logits.astype(jnp.float32), axis=-1)
-  return z_loss_coef * jnp.square(log_normalizer) - selected_logprobs(
-      logits, targets
-  )
+  selected, shifted, largest = _log_softmax_parts(logits, targets, 1.0)
+  log_normalizer = shifted + largest
+  return z_loss_coef * jnp.square(log_normalizer) - (selected - shifted)

@@ -145,8 +145,15 @@ def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     trunk = dict(collection["trunk"])
     layers = trunk.pop("layers")
     (num_layers,) = {len(x) for x in jax.tree.leaves(layers)}
-    for i in range(num_layers):
-      trunk[f"layers_{i}"] = jax.tree.map(lambda x, i=i: x[i], layers)
+    # Split at once: its gradient is one concatenation.
+    parts = jax.tree.map(
+        lambda x: [part[0] for part in jax.lax.split(x, (1,) * num_layers)],
+        layers,
+    )
+    trunk |= {
+        f"layers_{i}": jax.tree.map(lambda _, part, i=i: part[i], layers, parts)
+        for i in range(num_layers)
+    }
     return {**collection, "trunk": trunk}
 
   return {name: one(collection) for name, collection in variables.items()}

@@ -66,7 +66,7 @@ def sft_objective(
             logits_BTV, targets_BT, z_loss_coef=cfg.z_loss_coef
         ),
         -language_modeling.selected_logprobs(logits_BTV, targets_BT),
-        logits_BTV.argmax(-1) == targets_BT,
+        language_modeling.is_likeliest(logits_BTV, targets_BT),
     )
 
   loss_BT, nll_BT, is_right_BT = chunking.map_positions(

@@ -200,3 +200,16 @@ def test_temperature_may_be_traced():
   np.testing.assert_allclose(
       traced(0.7), lm.selected_logprobs(logits, ids, temperature=0.7)
   )
+
+
+def test_likeliest_is_argmax_but_for_ties_and_nan():
+  logits = np.random.default_rng(0).normal(size=(4, 9, 7)).astype(np.float32)
+  logits[0, :3] = logits[0, :3].round()
+  ids = np.random.default_rng(1).integers(0, 7, (4, 9)).astype(np.int32)
+  ids[1] = logits[1].argmax(-1)
+  chosen = np.take_along_axis(logits, ids[..., None], -1)[..., 0]
+  expected = chosen >= logits.max(-1)
+  assert 9 <= expected.sum() < expected.size
+  actual = lm.is_likeliest(jnp.asarray(logits), jnp.asarray(ids))
+  np.testing.assert_array_equal(actual, expected)
+  assert not lm.is_likeliest(jnp.full((1, 3), jnp.nan), jnp.array([0])).any()

@@ -54,6 +54,8 @@ setuptools.setup(
     extras_require={
         "test": [
             "pytest>=8",
+            # Several test files at a time: pytest -n 2 --dist loadfile.
+            "pytest-xdist>=3.6",
             "hypothesis>=6.100",
             "beartype>=0.20",
             "safetensors>=0.5",

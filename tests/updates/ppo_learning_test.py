@@ -1,10 +1,12 @@
 """PPO learns a rule, and a KL target holds it close to its reference."""
 
+import dataclasses
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from rlhf_jax import optim
 from rlhf_jax.generation import decode
@@ -20,10 +22,11 @@ KL_COEFS = (0.0, 0.5)
 
 
 @functools.cache
-def _train():
+def _train(overlap=0):
   """score and KL of each run and iteration, [len(KL_COEFS), SEEDS, ...].
 
-  One program for all runs: seeds and coefficients are data.
+  One program for all runs: seeds and coefficients are data. With overlap, what
+  is trained on was sampled by the policy of the iteration before.
   """
   config = small.CONFIG
   tx = optim.make_optimizer(
@@ -42,33 +45,38 @@ def _train():
       replace_missing_eos=False,
       num_epochs=2,
       num_minibatches=2,
+      importance_correction=bool(overlap),
   )
   prompts = jnp.zeros((ROWS, 1), jnp.int32)
 
+  def sample(state, ahead):
+    rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)
+    params = state.train.params["policy"]
+    mask = jnp.ones_like(prompts)
+    return generate(params, prompts, mask, rng, sampling)
+
   def iterate(ref_params, state, _):
-    rng = jax.random.fold_in(ppo.iteration_rng(state), 0)
-    rollout = generate(
-        state.train.params["policy"],
-        prompts,
-        jnp.ones_like(prompts),
-        rng,
-        sampling,
-    )
+    rollout = sample(state, overlap)
+    if overlap:
+      older = state.pending
+      state = dataclasses.replace(state, pending=rollout)
+      rollout = older
     share = (rollout.completions == LIKED).astype(jnp.float32).mean(axis=1)
     scored, metrics = score_rollout(
         state.train.params, ref_params, rollout, 4 * share, state.kl_coef, cfg
     )
     state, _ = update(state, scored, None, cfg)
     kl = metrics["ppo/kl_exact"].total / metrics["ppo/kl_exact"].count
-    return state, (share.mean(), kl)
+    weight = metrics["ppo/importance_weight"]
+    return state, (share.mean(), kl, weight.total / weight.count)
 
   def train(rng, kl_coef):
     ref_params = functions.init_language_model(rng, config)
     head = heads.scalar_head_init(rng, config.width, zero=True)
     params = {"policy": ref_params, "value": head}
     state = ppo.create_ppo_state(params, tx, rng, cfg)
-    state = ppo.PPOState(
-        train=state.train, kl_coef=kl_coef, iteration=state.iteration
+    state = dataclasses.replace(
+        state, kl_coef=kl_coef, pending=sample(state, 0) if overlap else None
     )
     return jax.lax.scan(
         functools.partial(iterate, ref_params), state, None, length=ITERATIONS
@@ -86,15 +94,20 @@ def _train():
   return tuple(np.asarray(x).reshape(shape) for x in out)
 
 
-def test_ppo_learns_a_rule_with_every_seed():
-  shares, _ = _train()
+@pytest.mark.parametrize("overlap", [0, 1])
+def test_ppo_learns_a_rule_with_every_seed(overlap):
+  shares, _, weights = _train(overlap)
   assert shares[:, :, 0].max() < 0.2
   # A sixteenth by chance.
   assert shares[0, :, -5:].mean(axis=-1).min() > 0.8
+  # An older policy's rollouts are weighed; the first is its own policy's.
+  assert (np.abs(weights[:, :, 0] - 1) < 1e-5).all()
+  is_weighed = np.abs(weights[:, :, 1:6] - 1).max(axis=-1) > 1e-3
+  assert (is_weighed == bool(overlap)).all()
 
 
 def test_kl_does_not_explode_under_its_controller_and_the_rule_is_learnt():
-  shares, kls = _train()
+  shares, kls, _ = _train()
   free, held = kls[:, :, -5:].mean(axis=-1)
   assert free.min() > 5 * KL_TARGET
   assert held.max() < 2 * KL_TARGET

@@ -87,7 +87,7 @@ def bind(
     is_unrolled: see `decode.make_generate`.
   """
   if is_unrolled is None:
-    is_unrolled = attention_kernels.platform_of(prompts) != "tpu"
+    is_unrolled = attention_kernels.platform_of(prompts) == "cpu"
   # Unrolled layers within a scan would each copy their slice of the cache.
   if model.config.scan_unroll > 1:
     config = dataclasses.replace(model.config, scan_unroll=1)

@@ -105,7 +105,8 @@ def make_generate(
   Args:
     is_unrolled: layers one after another instead of one scan; see
       `transformer.unrolled` for what that spares a step and copies once. None:
-      but on a TPU, where a scan copies nothing and compiles faster.
+      on a CPU. Elsewhere a scan reads slices where they are, and there is no
+      room for a copy.
     num_completions: of each prompt, which runs once for all of them. They are
       rows of their own, one after the other, B * num_completions in all.
   """

@@ -273,7 +273,10 @@ def test_no_padding_token_is_told_where_there_is_none_to_spare(
       theirs(torch.zeros((2, 3), dtype=torch.int64))
 
 
-@pytest.mark.parametrize("name", ["llama", "gpt_neox", "gpt2"])
+@pytest.mark.parametrize(
+    "name",
+    ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gpt_neox", "gpt2"))],
+)
 def test_sft_of_an_imported_model_and_its_way_back(
     finished_run, tmp_path, name
 ):

@@ -282,7 +282,10 @@ def test_value_network_from_a_reward_model_on_other_weights_is_refused(
     _ppo_start(finished_run)
 
 
-@pytest.mark.parametrize("value_network", ["separate", "shared"])
+@pytest.mark.parametrize(
+    "value_network",
+    [pytest.param("separate", marks=pytest.mark.slow), "shared"],
+)
 def test_ppo_with_other_value_networks_and_devices(
     finished_run, tmp_path, value_network
 ):

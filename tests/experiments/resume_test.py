@@ -153,6 +153,8 @@ def test_sft_killed_again_and_again_ends_bitwise_as_uninterrupted(
   _kill_again_and_again("sft", moments, uninterrupted, tmp_path)
 
 
+# Random moments of all stages are in tests/faults.
+@pytest.mark.slow
 def test_ppo_killed_again_and_again_resumes_with_its_value_network_bitwise(
     uninterrupted, finished_run, tmp_path
 ):

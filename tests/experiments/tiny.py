@@ -137,6 +137,8 @@ def command(binary: str, config, workdir, *flags: str) -> list[str]:
 def environment() -> dict[str, str]:
   """One device, and the compilation cache of the tests."""
   return os.environ | {
+      # Nobody's terminal: of pytest's own width otherwise.
+      "COLUMNS": "100",
       "XLA_FLAGS": "",
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }

@@ -347,7 +347,10 @@ def _memory_of_ppo(with_adapters: bool):
   state = ppo.create_ppo_state(params, tx, jax.random.key(0), cfg)
   model = functions.make_policy_value(config, config)
   ref_model = functions.make_language_model(config)
-  generate = jax.jit(decode.make_generate(heads.LanguageModel(config)))
+  # As on accelerators; on a CPU a rollout has its layers' weights once more.
+  generate = jax.jit(
+      decode.make_generate(heads.LanguageModel(config), is_unrolled=False)
+  )
   sampling = decode.SamplingConfig(max_new_tokens=3, eos_id=-1)
   prompts = jnp.ones((2, 2), jnp.int32)
   rollout_args = (

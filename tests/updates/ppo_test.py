@@ -389,11 +389,14 @@ def test_values_are_read_before_the_tokens_that_they_judge(scored):
 
 def test_nan_score_is_not_applied_and_the_metrics_name_the_tensors(scored):
   before = _state()
+  # The score of a row that has not ended would not be read.
+  ended = jnp.argmax(scored.rollout.ended)
+  assert bool(scored.rollout.ended[ended])
   bad, _ = _programs()[0](
       _params(),
       _ref_params(),
       scored.rollout,
-      SCORE.at[3].set(jnp.nan),
+      SCORE.at[ended].set(jnp.nan),
       KL_COEF,
       CFG,
   )

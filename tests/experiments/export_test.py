@@ -275,7 +275,11 @@ def test_no_padding_token_is_told_where_there_is_none_to_spare(
 
 @pytest.mark.parametrize(
     "name",
-    ["llama", *(pytest.param(x, marks=pytest.mark.slow) for x in ("gpt_neox", "gpt2"))],
+    [
+        "llama",
+        pytest.param("gpt_neox", marks=pytest.mark.slow),
+        pytest.param("gpt2", marks=pytest.mark.slow),
+    ],
 )
 def test_sft_of_an_imported_model_and_its_way_back(
     finished_run, tmp_path, name

@@ -12,7 +12,6 @@ import scipy.stats
 
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.losses.language_modeling import token_logprobs
-from rlhf_jax.models import lora
 from rlhf_jax.models.families import huggingface
 from rlhf_jax.models.heads import LanguageModel
 from tests.models.families import hf_models
@@ -21,6 +20,7 @@ from tests.models.small import (
   random_tokens,
   small_config,
   small_language_model,
+  with_adapter,
 )
 
 B, P, C = 8, 5, 7
@@ -108,15 +108,7 @@ def test_unrolled_layers_generate_what_a_scan_over_them_does(variant):
 
 def test_unrolled_layers_take_an_adapter_and_weights_in_the_matmuls_dtype():
   model, params = small_language_model(dtype="bfloat16", **VARIANTS["experts"])
-  adapter = lora.init(
-      jax.random.key(1),
-      lora.LoraConfig(rank=2, alpha=4.0, targets=("all-linear",)),
-      params,
-  )
-  adapter = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), adapter)
-  adapted = {
-      "base": params, "adapter": adapter, "adapter_scale": jnp.float32(2.0)
-  }
+  adapted = with_adapter(params)
   cfg = SamplingConfig(max_new_tokens=C, eos_id=-1, greedy=True)
   args = random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0), cfg
   fast, plain, without = (

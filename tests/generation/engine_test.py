@@ -13,12 +13,13 @@ from rlhf_jax import device_mesh, sharding
 from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.generation.engine import make_generate_many
-from rlhf_jax.models import lora, partitioning
+from rlhf_jax.models import partitioning
 from tests.models.small import (
   VARIANTS,
   random_tokens,
   small_config,
   small_language_model,
+  with_adapter,
 )
 
 N, P, C = 11, 5, 9
@@ -142,15 +143,7 @@ def test_completions_of_one_prompt_share_its_run(options):
 
 def test_an_adapter_counts():
   model, params, generate = _model()
-  adapter = lora.init(
-      jax.random.key(1),
-      lora.LoraConfig(rank=2, alpha=4.0, targets=("all-linear",)),
-      params,
-  )
-  adapter = jax.tree.map(lambda x: x + jnp.asarray(0.1, x.dtype), adapter)
-  adapted = {
-      "base": params, "adapter": adapter, "adapter_scale": jnp.float32(2.0)
-  }
+  adapted = with_adapter(params)
   expected = generate(adapted, *_args())
   _assert_same(_many()(adapted, *_args()), expected)
   without = generate(params, *_args())

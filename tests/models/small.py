@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from rlhf_jax.models import lora
 from rlhf_jax.models.attention import RopeScaling
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import TransformerConfig
@@ -119,3 +120,16 @@ def small_language_model(seed=0, **changes):
 def random_tokens(seed, *shape, vocab_size=19):
   rng = np.random.default_rng(seed)
   return jnp.asarray(rng.integers(0, vocab_size, shape), jnp.int32)
+
+
+def with_adapter(params):
+  """The params under an adapter that has moved: a fresh one changes nothing."""
+  config = lora.LoraConfig(rank=2, alpha=4.0, targets=("all-linear",))
+  adapter = lora.init(jax.random.key(1), config, params)
+  return {
+      "base": params,
+      "adapter": jax.tree.map(
+          lambda x: x + jnp.asarray(0.1, x.dtype), adapter
+      ),
+      "adapter_scale": jnp.float32(config.scale),
+  }

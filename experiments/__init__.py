@@ -3,9 +3,9 @@
 On Linux they run with huge pages for large arrays (`glibc.malloc.hugetlb`).
 Every program of a step asks for fresh memory, and the kernel fills it with
 zeros page by page as it is touched, which on CPU takes longer than many a
-program; with pages of 2 MiB there are fewer. The C library reads the setting when a
-process starts and never again, so it is started anew, before anything heavy is
-imported. Whoever has set GLIBC_TUNABLES keeps that.
+program; with pages of 2 MiB there are fewer. The C library reads the setting
+when a process starts and never again, so it is started anew, before anything
+heavy is imported. Whoever has set GLIBC_TUNABLES keeps that.
 """
 
 import os

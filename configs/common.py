@@ -106,6 +106,7 @@ def samples(
           stop_after=0,
           too_long="error",
           num_slots=0,
+          num_cache_buckets=1,
       )
   )
   cfg.update(changes)

@@ -343,6 +343,16 @@ DOES_NOT_DIVIDE = [
     ),
     ("evaluate", lambda c: c.samples.update(num_slots=-1), "0 or greater"),
     (
+        "ppo",
+        lambda c: c.samples.update(num_slots=4, num_cache_buckets=2),
+        "samples.num_cache_buckets=2 and samples.num_slots=4: .* to 0",
+    ),
+    (
+        "evaluate",
+        lambda c: c.samples.update(num_cache_buckets=0),
+        "num_cache_buckets",
+    ),
+    (
         "sft",
         lambda c: c.train.loop.update(log_every=4, checkpoint_every=6),
         "multiple of log_every=4",

@@ -50,6 +50,10 @@ class SampleConfig:
     has ended makes room for the next prompt. 0 decodes a batch until all of it
     has ended. Worth it where lengths differ much and prompts are several times
     as many.
+  num_cache_buckets: parts of a completion that are decoded one after the other,
+    each with a cache of its own length, see `decode.make_generate`. More spare
+    attention over what is empty where completions are long, and compile longer.
+    With slots it must be 1: their cache is never empty.
   """
 
   max_prompt_length: int
@@ -62,6 +66,7 @@ class SampleConfig:
   stop_after: int
   too_long: Literal["drop", "truncate_prompt_left", "error"]
   num_slots: int
+  num_cache_buckets: int
 
   def __post_init__(self):
     checks.check_ranges(
@@ -75,8 +80,16 @@ class SampleConfig:
             "top_p": "(0, 1]",
             "stop_after": ">= 0",
             "num_slots": ">= 0",
+            "num_cache_buckets": ">= 1",
         },
     )
+    if self.num_slots and self.num_cache_buckets > 1:
+      raise ValueError(
+          f"samples.num_cache_buckets={self.num_cache_buckets} and "
+          f"samples.num_slots={self.num_slots}: slots share a cache that is in "
+          "use to its full length all the time; set the one to 1 or the other "
+          "to 0"
+      )
 
   def sampling(self, tokenizer: Tokenizer) -> SamplingConfig:
     """The library's config, with ids for texts.
@@ -113,7 +126,11 @@ class SampleConfig:
     """What completes prompts by a model of this shape; jit it."""
     model = heads.LanguageModel(config)
     if not self.num_slots:
-      return decode.make_generate(model, num_completions=num_completions)
+      return decode.make_generate(
+          model,
+          num_completions=num_completions,
+          num_cache_buckets=self.num_cache_buckets,
+      )
     return engine.make_generate_many(
         model, self.num_slots, num_completions=num_completions
     )

@@ -55,6 +55,12 @@ class BoundModel:
       cache = transformer.unrolled_cache(cache, length)
     return logits, cache
 
+  def longer(self, cache: Cache, length: int) -> Cache:
+    """A loop's cache with room for `length` tokens a row; a copy, if longer."""
+    if length == cache.positions.shape[1]:
+      return cache
+    return transformer.longer_cache(cache, length)
+
   def make_cache(self, num_rows: int, length: int) -> Cache:
     """A loop's cache with nothing in it."""
     cache = init_cache(self.model.config, num_rows, length)

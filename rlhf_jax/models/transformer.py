@@ -108,20 +108,30 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
   )
 
 
-def unrolled_cache(cache: Cache, length: int) -> Cache:
-  """The cache taken apart by layers, with slots up to `length`."""
+def longer_cache(cache: Cache, length: int) -> Cache:
+  """The cache with slots up to `length`; those there are stay in front."""
   missing = length - cache.positions.shape[1]
   longer = lambda x, axis, fill: jnp.pad(
       x,
       [(0, missing if i == axis else 0) for i in range(x.ndim)],
       constant_values=fill,
   )
-  own = lambda x: partitioning.constrain(longer(x, 2, 0), "layer_cache")
+  place = "layer_cache" if cache.is_unrolled else "cache"
   return dataclasses.replace(
       cache,
-      layers=tuple((own(k), own(v)) for k, v in zip(*cache.layers)),
+      # [..., B, J, S, K]
+      layers=jax.tree.map(
+          lambda x: partitioning.constrain(longer(x, x.ndim - 2, 0), place),
+          cache.layers,
+      ),
       positions=longer(cache.positions, 1, -1),
   )
+
+
+def unrolled_cache(cache: Cache, length: int) -> Cache:
+  """The cache taken apart by layers, with slots up to `length`."""
+  layers = tuple((k, v) for k, v in zip(*cache.layers))
+  return longer_cache(dataclasses.replace(cache, layers=layers), length)
 
 
 def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:

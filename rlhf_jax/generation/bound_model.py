@@ -22,6 +22,7 @@ from rlhf_jax.models.transformer import Cache, init_cache
 class BoundModel:
   """Made and used within one traced call, see `bind`.
 
+  variables: those of the params; in bfloat16 for a loop that is a scan.
   is_unrolled: of the loop.
   """
 
@@ -98,9 +99,12 @@ def bind(
   if model.config.scan_unroll > 1:
     config = dataclasses.replace(model.config, scan_unroll=1)
     model = model.clone(config=config)
-  return BoundModel(
-      model=model, variables=lora.variables(params), is_unrolled=is_unrolled
-  )
+  variables = lora.variables(params)
+  if model.config.dtype == "bfloat16" and not is_unrolled:
+    # Once, for a scan would read them in float32 and convert them again in
+    # every step. Never to float32: a copy so large would spare nothing.
+    variables = transformer.in_matmul_dtype(variables, model.config.dtype)
+  return BoundModel(model=model, variables=variables, is_unrolled=is_unrolled)
 
 
 def cache_length(prompt_length: int, max_new_tokens: int) -> int:

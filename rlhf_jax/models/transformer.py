@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from rlhf_jax.models import attention, partitioning
+from rlhf_jax.models import attention, lora, partitioning
 from rlhf_jax.models.attention_layer import Attention, OwnCache
 from rlhf_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from rlhf_jax.models.layers import INIT_STDDEV, Norm
@@ -45,7 +45,9 @@ from rlhf_jax.models.transformer_config import TransformerConfig
 from rlhf_jax.types import pytree_dataclass, static
 
 # Weights that are converted to the matmuls' dtype wherever they are used.
-_CONVERTED = ("kernel", "token_embedding", "position_embedding")
+_CONVERTED = (
+    "kernel", "token_embedding", "position_embedding", lora.A, lora.B
+)
 
 segment_positions = attention.segment_positions
 
@@ -134,6 +136,22 @@ def unrolled_cache(cache: Cache, length: int) -> Cache:
   return longer_cache(dataclasses.replace(cache, layers=layers), length)
 
 
+def in_matmul_dtype(
+    variables: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+  """A model's variables with these weights converted that it would convert.
+
+  What is computed is bitwise the same. Norms, routers and biases stay.
+  """
+
+  def convert(path, x):
+    names = [entry.key for entry in path]
+    is_exact = "router" in names or names[-1] not in _CONVERTED
+    return x if is_exact else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(convert, dict(variables))
+
+
 def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
   """A model's variables as its `is_unrolled` twin takes them, layer by layer.
 
@@ -145,13 +163,7 @@ def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     dtype: of the matmuls, in which their weights are kept.
   """
 
-  def in_dtype(path, x):
-    names = [entry.key for entry in path]
-    is_exact = "router" in names or names[-1] not in _CONVERTED
-    return x if is_exact else x.astype(dtype)
-
   def one(collection):
-    collection = jax.tree_util.tree_map_with_path(in_dtype, collection)
     trunk = dict(collection["trunk"])
     layers = trunk.pop("layers")
     (num_layers,) = {len(x) for x in jax.tree.leaves(layers)}
@@ -166,6 +178,7 @@ def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     return {**collection, "trunk": trunk}
 
+  variables = in_matmul_dtype(variables, dtype)
   return {name: one(collection) for name, collection in variables.items()}
 
 

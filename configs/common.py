@@ -107,6 +107,7 @@ def samples(
           too_long="error",
           num_slots=0,
           num_cache_buckets=1,
+          rollout_weights="compute",
       )
   )
   cfg.update(changes)

@@ -114,6 +114,7 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       too_long="error",
       num_slots=0,
       num_cache_buckets=1,
+      rollout_weights="compute",
   )
   sampler = evaluator.Evaluator(
       policy.config,

@@ -70,6 +70,7 @@ def generation(config: Config) -> Measure:
       decode.make_generate(
           heads.LanguageModel(config.model),
           num_cache_buckets=config.ppo.samples.num_cache_buckets,
+          weights=config.ppo.samples.rollout_weights,
       )
   )
   rngs = iter(range(2**30))

@@ -20,7 +20,7 @@ from rlhf_jax import device_mesh
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation import policy_kl, text
-from rlhf_jax.generation import decode, engine
+from rlhf_jax.generation import bound_model, decode, engine
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
@@ -54,6 +54,9 @@ class SampleConfig:
     each with a cache of its own length, see `decode.make_generate`. More spare
     attention over what is empty where completions are long, and compile longer.
     With slots it must be 1: their cache is never empty.
+  rollout_weights: of PPO's rollouts alone: 'int8' rounds those of the layers,
+    so that a step reads fewer bytes. It draws from another distribution than
+    the policy's and needs ppo.importance_correction. 'compute' rounds nothing.
   """
 
   max_prompt_length: int
@@ -67,6 +70,7 @@ class SampleConfig:
   too_long: Literal["drop", "truncate_prompt_left", "error"]
   num_slots: int
   num_cache_buckets: int
+  rollout_weights: bound_model.Weights
 
   def __post_init__(self):
     checks.check_ranges(
@@ -123,16 +127,20 @@ class SampleConfig:
   def make_generate(
       self, config: TransformerConfig, num_completions: int = 1
   ) -> Callable[..., Rollout]:
-    """What completes prompts by a model of this shape; jit it."""
+    """What completes PPO's prompts by a model of this shape; jit it."""
     model = heads.LanguageModel(config)
     if not self.num_slots:
       return decode.make_generate(
           model,
           num_completions=num_completions,
           num_cache_buckets=self.num_cache_buckets,
+          weights=self.rollout_weights,
       )
     return engine.make_generate_many(
-        model, self.num_slots, num_completions=num_completions
+        model,
+        self.num_slots,
+        num_completions=num_completions,
+        weights=self.rollout_weights,
     )
 
 
@@ -150,7 +158,8 @@ def make_sampler(
       program, and as many run as there are slots.
     num_completions: of each prompt, one after the other.
   """
-  generate = jax.jit(samples.make_generate(config, num_completions))
+  itself = dataclasses.replace(samples, rollout_weights="compute")
+  generate = jax.jit(itself.make_generate(config, num_completions))
   sampling = samples.sampling(tokenizer)
 
   def sample(params, prompts, rng):

@@ -8,21 +8,25 @@ loop that follows has them one after another where that spares copies, see
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models import attention_kernels, lora, transformer
+from rlhf_jax.models import attention_kernels, lora, quantization, transformer
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import Cache, init_cache
+
+Weights = Literal["compute", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoundModel:
   """Made and used within one traced call, see `bind`.
 
-  variables: those of the params; in bfloat16 for a loop that is a scan.
+  variables: those of the params, or in int8; in bfloat16 for a loop that is a
+    scan.
   is_unrolled: of the loop.
   """
 
@@ -86,13 +90,18 @@ def bind(
     params: Mapping[str, Any],
     prompts: Int[Array, "prompts P"],
     is_unrolled: bool | None,
+    weights: Weights,
 ) -> BoundModel:
   """The model with these params.
 
   Args:
     prompts: are where it will run.
-    is_unrolled: see `decode.make_generate`.
+    is_unrolled, weights: see `decode.make_generate`.
   """
+  if weights not in typing.get_args(Weights):
+    raise ValueError(
+        f"weights={weights!r} is none of {', '.join(typing.get_args(Weights))}"
+    )
   if is_unrolled is None:
     is_unrolled = attention_kernels.platform_of(prompts) == "cpu"
   # Unrolled layers within a scan would each copy their slice of the cache.
@@ -100,6 +109,8 @@ def bind(
     config = dataclasses.replace(model.config, scan_unroll=1)
     model = model.clone(config=config)
   variables = lora.variables(params)
+  if weights == "int8":
+    variables = quantization.quantized(variables)
   if model.config.dtype == "bfloat16" and not is_unrolled:
     # Once, for a scan would read them in float32 and convert them again in
     # every step. Never to float32: a copy so large would spare nothing.

@@ -97,6 +97,7 @@ def make_generate(
     is_unrolled: bool | None = None,
     num_completions: int = 1,
     num_cache_buckets: int = 1,
+    weights: bound_model.Weights = "compute",
 ) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
@@ -122,6 +123,9 @@ def make_generate(
       that one loop would. It costs n loops to compile, and n - 1 copies of the
       cache, for which the old and the new one exist together. With fewer steps
       than buckets each step is a bucket.
+    weights: 'int8' samples from a model whose layers are rounded, see
+      `models/quantization.py`, and reports its log-probs. They are rounded once
+      a call. Of the params' model it is another distribution.
   """
   if num_completions < 1:
     raise ValueError(f"num_completions must be >= 1: {num_completions}")
@@ -140,7 +144,9 @@ def make_generate(
     if rows is None:
       rows = jnp.arange(b, dtype=jnp.int32)
     row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
-    bound = bound_model.bind(model, params, prompts, is_unrolled)
+    bound = bound_model.bind(
+        model, params, prompts, is_unrolled, weights
+    )
     ends = _bucket_ends(cfg.max_new_tokens, num_cache_buckets)
     lengths = [bound_model.cache_length(prompts.shape[1], x) for x in ends]
     logits, cache = bound.prefill(

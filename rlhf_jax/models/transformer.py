@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from rlhf_jax.models import attention, lora, partitioning
+from rlhf_jax.models import attention, lora, partitioning, quantization
 from rlhf_jax.models.attention_layer import Attention, OwnCache
 from rlhf_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from rlhf_jax.models.layers import INIT_STDDEV, Norm
@@ -141,13 +141,14 @@ def in_matmul_dtype(
 ) -> dict[str, Any]:
   """A model's variables with these weights converted that it would convert.
 
-  What is computed is bitwise the same. Norms, routers and biases stay.
+  What is computed is bitwise the same. Norms, routers and biases stay, and so
+  do integers.
   """
 
   def convert(path, x):
     names = [entry.key for entry in path]
     is_exact = "router" in names or names[-1] not in _CONVERTED
-    return x if is_exact else x.astype(dtype)
+    return x if is_exact or x.dtype == jnp.int8 else x.astype(dtype)
 
   return jax.tree_util.tree_map_with_path(convert, dict(variables))
 
@@ -245,7 +246,12 @@ class Transformer(nn.Module):
     block = nn.remat(Block, prevent_cse=unrolled) if cfg.remat else Block
     self.layers = nn.scan(
         block,
-        variable_axes={"params": 0, "adapter": 0, "intermediates": 0},
+        variable_axes={
+            "params": 0,
+            "adapter": 0,
+            quantization.SCALES: 0,
+            "intermediates": 0,
+        },
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0, 0),
         out_axes=0,

@@ -42,6 +42,7 @@ def sample_config(**changes):
       too_long="error",
       num_slots=0,
       num_cache_buckets=1,
+      rollout_weights="compute",
   )
   return evaluator.SampleConfig(**fields | changes)
 
@@ -60,7 +61,7 @@ def make_evaluator(
   )
 
 
-def test_neither_batch_size_nor_slots_nor_buckets_change_a_row(
+def test_what_only_rollouts_or_speed_depend_on_changes_no_row(
     policy, prompts, finished_run
 ):
   reward_model = models.load_reward_model(str(finished_run / "reward"))
@@ -77,9 +78,11 @@ def test_neither_batch_size_nor_slots_nor_buckets_change_a_row(
           {"batch_size": 3},
           {"samples": {"num_slots": 2}},
           {"samples": {"num_cache_buckets": 3}},
+          # Which PPO's rollouts alone have.
+          {"samples": {"rollout_weights": "int8"}},
       )
   ]
-  assert [len(x) for x in rows] == [7, 7, 7, 7]
+  assert [len(x) for x in rows] == [7] * 5
   for whole, *others in zip(*rows):
     score = whole.pop("score")
     for row in others:

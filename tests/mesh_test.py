@@ -16,7 +16,7 @@ from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax import metrics as metrics_lib
 from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.generation import decode
-from rlhf_jax.models import functions
+from rlhf_jax.models import functions, partitioning
 from rlhf_jax.models.heads import LanguageModel, ScalarModel
 from rlhf_jax.train_state import create_train_state
 from rlhf_jax.types import PromptBatch
@@ -478,3 +478,20 @@ def test_ppo_holds_no_full_copy_of_a_sharded_tensor(dtype):
       (programs.update, update_args),
   ):
     assert _largest(program.lower(*args)) < whole
+
+
+@pytest.mark.parametrize(
+    "dtype, weights", [("bfloat16", "compute"), ("float32", "int8")]
+)
+def test_a_rollout_in_other_weights_holds_no_full_copy(dtype, weights):
+  """Of a loop over scanned layers, as accelerators have it."""
+  mesh = device_mesh.make_mesh(MeshConfig(**FSDP_TENSOR))
+  config, params, whole = _large(LanguageModel, dtype=dtype)
+  places = sharding.shardings_of(params, partitioning.POLICY_RULES, mesh)
+  prompts = _on(_prompts(), device_mesh.rows(mesh))
+  generate = decode.make_generate(
+      LanguageModel(config), is_unrolled=False, weights=weights
+  )
+  args = prompts.prompts, prompts.prompt_mask, jax.random.key(0), SAMPLING
+  lowered = jax.jit(generate).lower(_on(params, places), *args)
+  assert _largest(lowered) < whole

@@ -5,10 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax import device_mesh, sharding
+from rlhf_jax.device_mesh import MeshConfig
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.generation.engine import make_generate_many
 from rlhf_jax.losses.language_modeling import token_logprobs
-from rlhf_jax.models import quantization
+from rlhf_jax.models import partitioning, quantization
 from tests.models.small import (
   VARIANTS,
   random_tokens,
@@ -133,6 +135,19 @@ def test_slots_sample_from_the_same_rounded_model():
   expected = jax.jit(make_generate(model, weights="int8"))(params, *_args())
   many = jax.jit(make_generate_many(model, 2, weights="int8"))
   actual = many(params, *_args())
+  np.testing.assert_array_equal(actual.completions, expected.completions)
+  np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-4)
+
+
+def test_heads_split_over_devices_change_nothing():
+  model, params = small_language_model(vocab_size=20, **VARIANTS["window"])
+  mesh = device_mesh.make_mesh(MeshConfig(fsdp=2, tensor=2), jax.devices()[:4])
+  split = sharding.place(params, partitioning.POLICY_RULES, mesh)
+  prompts, mask, rng, cfg = _args()
+  rows = device_mesh.put_rows((prompts, mask), mesh)
+  generate = jax.jit(make_generate(model, is_unrolled=False, weights="int8"))
+  expected = generate(params, prompts, mask, rng, cfg)
+  actual = generate(split, *rows, rng, cfg)
   np.testing.assert_array_equal(actual.completions, expected.completions)
   np.testing.assert_allclose(actual.logprobs, expected.logprobs, atol=1e-4)
 

@@ -106,6 +106,8 @@ def samples(
           stop_after=0,
           too_long="error",
           num_slots=0,
+          num_cache_buckets=1,
+          rollout_weights="compute",
       )
   )
   cfg.update(changes)

@@ -109,6 +109,11 @@ def write_plan(raw_config, name: str, options: Options) -> bool:
           "refilled depends on when completions end, so there is no plan of "
           "it; set it to 0"
       )
+    if config.samples.num_cache_buckets > 1:
+      raise config_lib.ConfigError(
+          f"samples.num_cache_buckets={config.samples.num_cache_buckets}: a "
+          "plan counts the steps of one loop over a whole cache; set it to 1"
+      )
     cache_dir = pathlib.Path(options.cache_dir)
     folder = pathlib.Path(options.workdir)
     there = target.name.replace(":", "-").replace(" ", "")

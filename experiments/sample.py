@@ -113,6 +113,8 @@ def _completions(place: str, prompts: list[str]) -> list[str]:
       stop_after=0,
       too_long="error",
       num_slots=0,
+      num_cache_buckets=1,
+      rollout_weights="compute",
   )
   sampler = evaluator.Evaluator(
       policy.config,

@@ -343,6 +343,21 @@ DOES_NOT_DIVIDE = [
     ),
     ("evaluate", lambda c: c.samples.update(num_slots=-1), "0 or greater"),
     (
+        "ppo",
+        lambda c: c.samples.update(num_slots=4, num_cache_buckets=2),
+        "samples.num_cache_buckets=2 and samples.num_slots=4: slots share",
+    ),
+    (
+        "ppo",
+        lambda c: c.samples.update(rollout_weights="int8"),
+        "samples.rollout_weights='int8' samples from another distribution",
+    ),
+    (
+        "evaluate",
+        lambda c: c.samples.update(num_cache_buckets=0),
+        "num_cache_buckets",
+    ),
+    (
         "sft",
         lambda c: c.train.loop.update(log_every=4, checkpoint_every=6),
         "multiple of log_every=4",
@@ -365,6 +380,13 @@ def test_sizes_that_do_not_divide_are_refused(
   # Before anything compiles: nothing is even traced.
   monkeypatch.setattr("jax.jit", None)
   _refused(name, change, part)
+
+
+def test_int8_rollouts_of_a_policy_that_is_not_older_are_corrected():
+  config = _module("ppo").get_config("smoke")
+  config.samples.rollout_weights = "int8"
+  config.ppo.importance_correction = True
+  assert from_config(_class("ppo"), config).overlap == 0
 
 
 NONSENSE = [

@@ -66,7 +66,13 @@ def generation(config: Config) -> Measure:
   rows = config.ppo.rollout_batch_size
   prompts = random_tokens(config, rows, config.prompt_length)
   mask = jnp.ones_like(prompts)
-  generate = jax.jit(decode.make_generate(heads.LanguageModel(config.model)))
+  generate = jax.jit(
+      decode.make_generate(
+          heads.LanguageModel(config.model),
+          num_cache_buckets=config.ppo.samples.num_cache_buckets,
+          weights=config.ppo.samples.rollout_weights,
+      )
+  )
   rngs = iter(range(2**30))
 
   def sample(num_tokens: int) -> float:

@@ -20,7 +20,7 @@ from rlhf_jax import device_mesh
 from rlhf_jax.data import encoding
 from rlhf_jax.data.tokenizer import Tokenizer
 from rlhf_jax.evaluation import policy_kl, text
-from rlhf_jax.generation import decode, engine
+from rlhf_jax.generation import bound_model, decode, engine
 from rlhf_jax.generation.decode import SamplingConfig
 from rlhf_jax.models import functions, heads
 from rlhf_jax.models.transformer import TransformerConfig
@@ -50,6 +50,13 @@ class SampleConfig:
     has ended makes room for the next prompt. 0 decodes a batch until all of it
     has ended. Worth it where lengths differ much and prompts are several times
     as many.
+  num_cache_buckets: parts of a completion that are decoded one after the other,
+    each with a cache of its own length, see `decode.make_generate`. More spare
+    attention over what is empty where completions are long, and compile longer.
+    With slots it must be 1: their cache is never empty.
+  rollout_weights: of PPO's rollouts alone: 'int8' rounds those of the layers,
+    so that a step reads fewer bytes. It draws from another distribution than
+    the policy's and needs ppo.importance_correction. 'compute' rounds nothing.
   """
 
   max_prompt_length: int
@@ -62,6 +69,8 @@ class SampleConfig:
   stop_after: int
   too_long: Literal["drop", "truncate_prompt_left", "error"]
   num_slots: int
+  num_cache_buckets: int
+  rollout_weights: bound_model.Weights
 
   def __post_init__(self):
     checks.check_ranges(
@@ -75,8 +84,16 @@ class SampleConfig:
             "top_p": "(0, 1]",
             "stop_after": ">= 0",
             "num_slots": ">= 0",
+            "num_cache_buckets": ">= 1",
         },
     )
+    if self.num_slots and self.num_cache_buckets > 1:
+      raise ValueError(
+          f"samples.num_cache_buckets={self.num_cache_buckets} and "
+          f"samples.num_slots={self.num_slots}: slots share a cache that is in "
+          "use to its full length all the time; set the one to 1 or the other "
+          "to 0"
+      )
 
   def sampling(self, tokenizer: Tokenizer) -> SamplingConfig:
     """The library's config, with ids for texts.
@@ -110,12 +127,20 @@ class SampleConfig:
   def make_generate(
       self, config: TransformerConfig, num_completions: int = 1
   ) -> Callable[..., Rollout]:
-    """What completes prompts by a model of this shape; jit it."""
+    """What completes PPO's prompts by a model of this shape; jit it."""
     model = heads.LanguageModel(config)
     if not self.num_slots:
-      return decode.make_generate(model, num_completions=num_completions)
+      return decode.make_generate(
+          model,
+          num_completions=num_completions,
+          num_cache_buckets=self.num_cache_buckets,
+          weights=self.rollout_weights,
+      )
     return engine.make_generate_many(
-        model, self.num_slots, num_completions=num_completions
+        model,
+        self.num_slots,
+        num_completions=num_completions,
+        weights=self.rollout_weights,
     )
 
 
@@ -133,7 +158,8 @@ def make_sampler(
       program, and as many run as there are slots.
     num_completions: of each prompt, one after the other.
   """
-  generate = jax.jit(samples.make_generate(config, num_completions))
+  itself = dataclasses.replace(samples, rollout_weights="compute")
+  generate = jax.jit(itself.make_generate(config, num_completions))
   sampling = samples.sampling(tokenizer)
 
   def sample(params, prompts, rng):

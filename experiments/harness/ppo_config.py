@@ -136,7 +136,13 @@ class Config:
 
 
 def _check_placement(config: Config) -> None:
-  if bool(config.overlap) != config.ppo.importance_correction:
+  if config.samples.rollout_weights == "int8":
+    if not config.ppo.importance_correction:
+      raise ValueError(
+          "samples.rollout_weights='int8' samples from another distribution "
+          "than the policy's: set ppo.importance_correction=True"
+      )
+  elif bool(config.overlap) != config.ppo.importance_correction:
     raise ValueError(
         f"overlap={config.overlap} and ppo.importance_correction="
         f"{config.ppo.importance_correction}: rollouts of an older policy need "

@@ -34,6 +34,7 @@ MEMORY_FIELDS = (
     "attention_backend",
     "head_chunk_size",
     "mesh",
+    "num_cache_buckets",
     "num_microbatches",
     "num_slots",
     "parallelism",

@@ -8,20 +8,25 @@ loop that follows has them one after another where that spares copies, see
 from collections.abc import Callable, Mapping
 import dataclasses
 import functools
-from typing import Any
+import typing
+from typing import Any, Literal
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from rlhf_jax.models import attention_kernels, lora, transformer
+from rlhf_jax.models import attention_kernels, lora, quantization, transformer
 from rlhf_jax.models.heads import LanguageModel
 from rlhf_jax.models.transformer import Cache, init_cache
+
+Weights = Literal["compute", "int8"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BoundModel:
   """Made and used within one traced call, see `bind`.
 
+  variables: those of the params, or in int8; in bfloat16 for a loop that is a
+    scan.
   is_unrolled: of the loop.
   """
 
@@ -56,6 +61,13 @@ class BoundModel:
       cache = transformer.unrolled_cache(cache, length)
     return logits, cache
 
+  def longer(self, cache: Cache, length: int) -> Cache:
+    """A loop's cache with room for `length` tokens a row; a copy, if longer."""
+    transformer.check_cache_length(self.model.config, length)
+    if length == cache.positions.shape[1]:
+      return cache
+    return transformer.longer_cache(cache, length)
+
   def make_cache(self, num_rows: int, length: int) -> Cache:
     """A loop's cache with nothing in it."""
     cache = init_cache(self.model.config, num_rows, length)
@@ -80,22 +92,32 @@ def bind(
     params: Mapping[str, Any],
     prompts: Int[Array, "prompts P"],
     is_unrolled: bool | None,
+    weights: Weights,
 ) -> BoundModel:
   """The model with these params.
 
   Args:
     prompts: are where it will run.
-    is_unrolled: see `decode.make_generate`.
+    is_unrolled, weights: see `decode.make_generate`.
   """
+  if weights not in typing.get_args(Weights):
+    raise ValueError(
+        f"weights={weights!r} is none of {', '.join(typing.get_args(Weights))}"
+    )
   if is_unrolled is None:
     is_unrolled = attention_kernels.platform_of(prompts) == "cpu"
   # Unrolled layers within a scan would each copy their slice of the cache.
   if model.config.scan_unroll > 1:
     config = dataclasses.replace(model.config, scan_unroll=1)
     model = model.clone(config=config)
-  return BoundModel(
-      model=model, variables=lora.variables(params), is_unrolled=is_unrolled
-  )
+  variables = lora.variables(params)
+  if weights == "int8":
+    variables = quantization.quantized(variables)
+  if model.config.dtype == "bfloat16" and not is_unrolled:
+    # Once, for a scan would read them in float32 and convert them again in
+    # every step. Never to float32: a copy so large would spare nothing.
+    variables = transformer.in_matmul_dtype(variables, model.config.dtype)
+  return BoundModel(model=model, variables=variables, is_unrolled=is_unrolled)
 
 
 def cache_length(prompt_length: int, max_new_tokens: int) -> int:

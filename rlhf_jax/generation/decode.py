@@ -6,12 +6,18 @@
    completion. Ended rows hold `pad_id` and mask 0 from there on.
 3. The loop ends when every row has ended, at the latest after max_new_tokens.
 
+A step attends over all columns of the cache, filled or not. With several cache
+buckets the loop is several, one after the other, and the cache grows between
+them.
+
 Randomness: row r draws token t with fold_in(fold_in(rng, rows[r]), t). What a
 row becomes depends on its own prompt and row number alone: not on the rows
 beside it, on its place in the batch, on the batch's size or on sharding.
 """
 
 from collections.abc import Callable
+import functools
+import math
 from typing import NamedTuple
 
 import jax
@@ -90,6 +96,8 @@ def make_generate(
     model: LanguageModel,
     is_unrolled: bool | None = None,
     num_completions: int = 1,
+    num_cache_buckets: int = 1,
+    weights: bound_model.Weights = "compute",
 ) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
@@ -109,9 +117,20 @@ def make_generate(
       room for a copy.
     num_completions: of each prompt, which runs once for all of them. They are
       rows of their own, one after the other, B * num_completions in all.
+    num_cache_buckets: loops that the steps are divided into. Each has a cache
+      with columns for its own steps and those before, so that of n loops over
+      long completions of short prompts a step reads (n + 1) / 2n of the columns
+      that one loop would. It costs n loops to compile, and n - 1 copies of the
+      cache, for which the old and the new one exist together. With fewer steps
+      than buckets each step is a bucket.
+    weights: 'int8' samples from a model whose layers are rounded, see
+      `models/quantization.py`, and reports its log-probs. They are rounded once
+      a call. Of the params' model it is another distribution.
   """
   if num_completions < 1:
     raise ValueError(f"num_completions must be >= 1: {num_completions}")
+  if num_cache_buckets < 1:
+    raise ValueError(f"num_cache_buckets must be >= 1: {num_cache_buckets}")
 
   def generate(
       params,
@@ -123,16 +142,19 @@ def make_generate(
   ) -> Rollout:
     b = prompts.shape[0] * num_completions
     row_rngs = row_streams(rng, rows, b)
-    bound = bound_model.bind(model, params, prompts, is_unrolled)
-    length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)
+    bound = bound_model.bind(
+        model, params, prompts, is_unrolled, weights
+    )
+    ends = _bucket_ends(cfg.max_new_tokens, num_cache_buckets)
+    lengths = [bound_model.cache_length(prompts.shape[1], x) for x in ends]
     logits, cache = bound.prefill(
-        prompts, prompt_mask, length, num_completions
+        prompts, prompt_mask, lengths[0], num_completions
     )
     apply = bound.make_step()
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
-    def unfinished(state: _State):
-      return (state.step < cfg.max_new_tokens) & ~jnp.all(state.done)
+    def unfinished(end: int, state: _State):
+      return (state.step < end) & ~jnp.all(state.done)
 
     def advance(state: _State) -> _State:
       real = (~state.done).astype(jnp.int32)[:, None]
@@ -140,7 +162,11 @@ def make_generate(
       state = state._replace(cache=cache)
       return _record(state, logits[:, 0], row_rngs, cfg)
 
-    state = jax.lax.while_loop(unfinished, advance, state)
+    for end, length in zip(ends, lengths):
+      state = state._replace(cache=bound.longer(state.cache, length))
+      state = jax.lax.while_loop(
+          functools.partial(unfinished, end), advance, state
+      )
     again = lambda x: jnp.repeat(x, num_completions, axis=0)
     return Rollout(
         prompts=again(prompts),
@@ -175,6 +201,16 @@ def row_streams(
         "number for every completion of every prompt"
     )
   return jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+
+
+def _bucket_ends(max_new_tokens: int, num_buckets: int) -> list[int]:
+  """How many tokens a row has, at the most, when each bucket's loop ends.
+
+  The first token is the prefill's. Example: of (8, 3) [4, 6, 8].
+  """
+  num_steps = max_new_tokens - 1
+  num = min(num_buckets, max(num_steps, 1))
+  return [1 + math.ceil(num_steps * i / num) for i in range(1, num + 1)]
 
 
 def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:

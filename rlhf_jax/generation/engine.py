@@ -94,6 +94,7 @@ def make_generate_many(
     refill_size: int | None = None,
     is_unrolled: bool | None = None,
     num_completions: int = 1,
+    weights: bound_model.Weights = "compute",
 ) -> Callable[..., Rollout]:
   """generate(params, prompts, prompt_mask, rng, cfg, rows=None) -> Rollout.
 
@@ -109,12 +110,14 @@ def make_generate_many(
       completions of mean length c, the weights are read once more, as a step
       reads them. Both together are least at k = sqrt(c / 2), which is 4 at 32
       tokens and 11 at 256, and little more around it.
-    is_unrolled, num_completions: see `decode.make_generate`. All completions of
-      a prompt start together.
+    is_unrolled, num_completions, weights: see `decode.make_generate`. All
+      completions of a prompt start together.
   """
   if num_slots < 1:
     raise ValueError(f"num_slots must be >= 1: {num_slots}")
-  at_once = decode.make_generate(model, is_unrolled, num_completions)
+  at_once = decode.make_generate(
+      model, is_unrolled, num_completions, weights=weights
+  )
   if refill_size is None:
     refill_size = max(1, num_slots // (4 * num_completions))
   if not 1 <= refill_size <= num_slots // num_completions:
@@ -137,7 +140,9 @@ def make_generate_many(
       return at_once(params, prompts, prompt_mask, rng, cfg, rows)
     rngs = decode.row_streams(rng, rows, n)
     everyone = _Everyone(prompts, prompt_mask, rngs)
-    bound = bound_model.bind(model, params, prompts, is_unrolled)
+    bound = bound_model.bind(
+        model, params, prompts, is_unrolled, weights
+    )
     length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)
     cache = bound.make_cache(num_slots, length)
     refill = functools.partial(_refill, bound, everyone, refill_size, cfg)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import partitioning
+from rlhf_jax.models import partitioning, quantization
 from rlhf_jax.models.layers import Projection
 from rlhf_jax.models.transformer_config import TransformerConfig
 
@@ -78,7 +78,7 @@ class MixtureOfExperts(nn.Module):
     weights_BNE = jnp.einsum("bnk,bnke->bne", best, is_chosen)
     experts = nn.vmap(
         FeedForward,
-        variable_axes={"params": 0},
+        variable_axes={"params": 0, quantization.SCALES: 0},
         split_rngs={"params": True},
         in_axes=None,
         axis_size=cfg.num_experts,

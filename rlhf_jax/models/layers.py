@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from rlhf_jax.models import lora, partitioning
+from rlhf_jax.models import lora, partitioning, quantization
 from rlhf_jax.models.transformer_config import TransformerConfig
 
 INIT_STDDEV = 0.02
@@ -66,7 +66,12 @@ class Projection(nn.Module):
     x = x.reshape(*lead, size_in)
     # Rows and positions that are both split cannot be one dimension.
     flat = x if partitioning.splits_sequence(x) else x.reshape(-1, size_in)
-    out = (flat @ kernel).reshape(*lead, *out_shape)
+    if quantization.SCALES in self.variables:
+      scale = self.variables[quantization.SCALES]["scale"]
+      out = quantization.product(flat, kernel, scale)
+    else:
+      out = flat @ kernel
+    out = out.reshape(*lead, *out_shape)
     if "adapter" in self.variables:
       added = lora.product(x, self.variables["adapter"])
       out = out + added.reshape(out.shape)

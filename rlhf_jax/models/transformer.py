@@ -37,7 +37,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 import numpy as np
 
-from rlhf_jax.models import attention, partitioning
+from rlhf_jax.models import attention, lora, partitioning, quantization
 from rlhf_jax.models.attention_layer import Attention, OwnCache
 from rlhf_jax.models.feed_forward import FeedForward, MixtureOfExperts
 from rlhf_jax.models.layers import INIT_STDDEV, Norm
@@ -45,7 +45,9 @@ from rlhf_jax.models.transformer_config import TransformerConfig
 from rlhf_jax.types import pytree_dataclass, static
 
 # Weights that are converted to the matmuls' dtype wherever they are used.
-_CONVERTED = ("kernel", "token_embedding", "position_embedding")
+_CONVERTED = (
+    "kernel", "token_embedding", "position_embedding", lora.A, lora.B
+)
 
 segment_positions = attention.segment_positions
 
@@ -117,20 +119,47 @@ def repeat_rows(cache: Cache, times: int) -> Cache:
   )
 
 
-def unrolled_cache(cache: Cache, length: int) -> Cache:
-  """The cache taken apart by layers, with slots up to `length`."""
+def longer_cache(cache: Cache, length: int) -> Cache:
+  """The cache with slots up to `length`; those there are stay in front."""
   missing = length - cache.positions.shape[1]
   longer = lambda x, axis, fill: jnp.pad(
       x,
       [(0, missing if i == axis else 0) for i in range(x.ndim)],
       constant_values=fill,
   )
-  own = lambda x: partitioning.constrain(longer(x, 2, 0), "layer_cache")
+  place = "layer_cache" if cache.is_unrolled else "cache"
   return dataclasses.replace(
       cache,
-      layers=tuple((own(k), own(v)) for k, v in zip(*cache.layers)),
+      # [..., B, J, S, K]
+      layers=jax.tree.map(
+          lambda x: partitioning.constrain(longer(x, x.ndim - 2, 0), place),
+          cache.layers,
+      ),
       positions=longer(cache.positions, 1, -1),
   )
+
+
+def unrolled_cache(cache: Cache, length: int) -> Cache:
+  """The cache taken apart by layers, with slots up to `length`."""
+  layers = tuple((k, v) for k, v in zip(*cache.layers))
+  return longer_cache(dataclasses.replace(cache, layers=layers), length)
+
+
+def in_matmul_dtype(
+    variables: Mapping[str, Any], dtype: str
+) -> dict[str, Any]:
+  """A model's variables with these weights converted that it would convert.
+
+  What is computed is bitwise the same. Norms, routers and biases stay, and so
+  do integers.
+  """
+
+  def convert(path, x):
+    names = [entry.key for entry in path]
+    is_exact = "router" in names or names[-1] not in _CONVERTED
+    return x if is_exact or x.dtype == jnp.int8 else x.astype(dtype)
+
+  return jax.tree_util.tree_map_with_path(convert, dict(variables))
 
 
 def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
@@ -144,13 +173,7 @@ def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     dtype: of the matmuls, in which their weights are kept.
   """
 
-  def in_dtype(path, x):
-    names = [entry.key for entry in path]
-    is_exact = "router" in names or names[-1] not in _CONVERTED
-    return x if is_exact else x.astype(dtype)
-
   def one(collection):
-    collection = jax.tree_util.tree_map_with_path(in_dtype, collection)
     trunk = dict(collection["trunk"])
     layers = trunk.pop("layers")
     (num_layers,) = {len(x) for x in jax.tree.leaves(layers)}
@@ -165,6 +188,7 @@ def unrolled(variables: Mapping[str, Any], dtype: str) -> dict[str, Any]:
     }
     return {**collection, "trunk": trunk}
 
+  variables = in_matmul_dtype(variables, dtype)
   return {name: one(collection) for name, collection in variables.items()}
 
 
@@ -231,7 +255,12 @@ class Transformer(nn.Module):
     block = nn.remat(Block, prevent_cse=unrolled) if cfg.remat else Block
     self.layers = nn.scan(
         block,
-        variable_axes={"params": 0, "adapter": 0, "intermediates": 0},
+        variable_axes={
+            "params": 0,
+            "adapter": 0,
+            quantization.SCALES: 0,
+            "intermediates": 0,
+        },
         split_rngs={"params": True},
         in_axes=(nn.broadcast, 0, 0),
         out_axes=0,

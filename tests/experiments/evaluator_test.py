@@ -41,25 +41,27 @@ def sample_config(**changes):
       stop_after=0,
       too_long="error",
       num_slots=0,
+      num_cache_buckets=1,
+      rollout_weights="compute",
   )
   return evaluator.SampleConfig(**fields | changes)
 
 
 def make_evaluator(
-    policy, prompts, *, seed=0, batch_size=7, num_slots=0, **kwargs
+    policy, prompts, *, seed=0, batch_size=7, samples=None, **kwargs
 ):
   return evaluator.Evaluator(
       policy.config,
       policy.tokenizer,
       prompts,
-      sample_config(num_slots=num_slots),
+      sample_config(**(samples or {})),
       seed=seed,
       batch_size=batch_size,
       **kwargs,
   )
 
 
-def test_neither_batch_size_nor_slots_change_a_row(
+def test_what_only_rollouts_or_speed_depend_on_changes_no_row(
     policy, prompts, finished_run
 ):
   reward_model = models.load_reward_model(str(finished_run / "reward"))
@@ -71,9 +73,16 @@ def test_neither_batch_size_nor_slots_change_a_row(
           judge=evaluator.make_judge(sources.ASSISTANT),
           reward_fn=evaluator.make_reward_fn(reward_model),
       ).rows(policy.params)
-      for sizes in ({}, {"batch_size": 3}, {"num_slots": 2})
+      for sizes in (
+          {},
+          {"batch_size": 3},
+          {"samples": {"num_slots": 2}},
+          {"samples": {"num_cache_buckets": 3}},
+          # Which PPO's rollouts alone have.
+          {"samples": {"rollout_weights": "int8"}},
+      )
   ]
-  assert [len(x) for x in rows] == [7, 7, 7]
+  assert [len(x) for x in rows] == [7] * 5
   for whole, *others in zip(*rows):
     score = whole.pop("score")
     for row in others:

@@ -141,9 +141,16 @@ def test_what_the_compiler_refuses_is_told_with_its_numbers(
     assert "the compiler needs 23.5 GiB a chip" in text
 
 
-def test_slots_have_no_plan(tmp_path):
+@pytest.mark.parametrize(
+    "samples, message",
+    [
+        ({"num_slots": 8}, "num_slots=8: .* set it to 0"),
+        ({"num_cache_buckets": 2}, "num_cache_buckets=2: .* set it to 1"),
+    ],
+)
+def test_slots_and_cache_buckets_have_no_plan(tmp_path, samples, message):
   config = small(write_shape(tmp_path / "model"))
-  config.samples.num_slots = 8
+  config.samples.update(samples)
   options = binary.Options(
       topology="",
       num_episodes=0,
@@ -153,7 +160,7 @@ def test_slots_have_no_plan(tmp_path):
       sweep_limit=0,
       measure=False,
   )
-  with pytest.raises(binary.cli.UserError, match="num_slots=8: .* set it to 0"):
+  with pytest.raises(binary.cli.UserError, match=message):
     binary.write_plan(config, "tiny", options)
 
 

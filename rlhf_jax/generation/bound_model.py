@@ -47,6 +47,7 @@ class BoundModel:
       num_completions: rows for each prompt, one after the other; it runs once.
     """
     num, p = prompts.shape
+    transformer.check_cache_length(self.model.config, length)
     cache = init_cache(
         self.model.config, num, p if self.is_unrolled else length
     )
@@ -62,6 +63,7 @@ class BoundModel:
 
   def longer(self, cache: Cache, length: int) -> Cache:
     """A loop's cache with room for `length` tokens a row; a copy, if longer."""
+    transformer.check_cache_length(self.model.config, length)
     if length == cache.positions.shape[1]:
       return cache
     return transformer.longer_cache(cache, length)

@@ -114,7 +114,7 @@ def make_generate(
     is_unrolled: layers one after another instead of one scan; see
       `transformer.unrolled` for what that spares a step and copies once. None:
       on a CPU. Elsewhere a scan reads slices where they are, and there is no
-      room for a copy.
+      room for a copy but in bfloat16, of float32 params that it would convert.
     num_completions: of each prompt, which runs once for all of them. They are
       rows of their own, one after the other, B * num_completions in all.
     num_cache_buckets: loops that the steps are divided into. Each has a cache
@@ -142,9 +142,7 @@ def make_generate(
   ) -> Rollout:
     b = prompts.shape[0] * num_completions
     row_rngs = row_streams(rng, rows, b)
-    bound = bound_model.bind(
-        model, params, prompts, is_unrolled, weights
-    )
+    bound = bound_model.bind(model, params, prompts, is_unrolled, weights)
     ends = _bucket_ends(cfg.max_new_tokens, num_cache_buckets)
     lengths = [bound_model.cache_length(prompts.shape[1], x) for x in ends]
     logits, cache = bound.prefill(

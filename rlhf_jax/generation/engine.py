@@ -140,9 +140,7 @@ def make_generate_many(
       return at_once(params, prompts, prompt_mask, rng, cfg, rows)
     rngs = decode.row_streams(rng, rows, n)
     everyone = _Everyone(prompts, prompt_mask, rngs)
-    bound = bound_model.bind(
-        model, params, prompts, is_unrolled, weights
-    )
+    bound = bound_model.bind(model, params, prompts, is_unrolled, weights)
     length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)
     cache = bound.make_cache(num_slots, length)
     refill = functools.partial(_refill, bound, everyone, refill_size, cfg)

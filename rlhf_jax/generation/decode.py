@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from rlhf_jax import collectives
 from rlhf_jax.generation import bound_model, sampling
 from rlhf_jax.losses import language_modeling
 from rlhf_jax.models.heads import LanguageModel
@@ -134,7 +135,8 @@ def make_generate(
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
     def unfinished(state: _State):
-      return (state.step < cfg.max_new_tokens) & ~jnp.all(state.done)
+      is_any_left = collectives.any_member(~jnp.all(state.done))
+      return (state.step < cfg.max_new_tokens) & is_any_left
 
     def advance(state: _State) -> _State:
       real = (~state.done).astype(jnp.int32)[:, None]

@@ -55,6 +55,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
               reward_model=common.on_the_policys_devices(),
           ),
           overlap=0,
+          fuse_iteration=False,
           parallelism="jit",
           ptx_documents=common.source(""),
           ptx_batch_size=0,
@@ -64,6 +65,7 @@ def get_config(arg: str = common.FULL) -> ConfigDict:
           lora=common.lora(),
           ppo=dict(
               temperature=1.0,
+              old_logprobs="recompute",
               kl_estimator="k1",
               kl_controller="fixed" if hacking else "adaptive",
               kl_coef=0.0 if hacking else 0.3,

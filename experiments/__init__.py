@@ -1,6 +1,7 @@
 """The binaries, started as `python -m experiments.NAME`.
 
-On Linux they run with huge pages for large arrays (`glibc.malloc.hugetlb`).
+On Linux they ask for huge pages for large arrays (`glibc.malloc.hugetlb`),
+where glibc (2.35 or newer) and the kernel have them.
 Every program of a step asks for fresh memory, and the kernel fills it with
 zeros page by page as it is touched, which on CPU takes longer than many a
 program; with pages of 2 MiB there are fewer. The C library reads the setting
@@ -18,6 +19,7 @@ if (
     sys.argv[:1] == ["-m"]
     and sys.platform == "linux"
     and _TUNABLES not in os.environ
+    and sys.executable
 ):
   os.environ[_TUNABLES] = "glibc.malloc.hugetlb=1"
   os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -130,12 +130,20 @@ def launch() -> None:
 
 def benchmark(config: Config, options: Options) -> bool:
   """Measures all, writes and prints; whether something became slower."""
-  # Before anything is measured: a wrong path must not cost the run.
-  old = benchmark_report.read_lines(options.compare) if options.compare else []
+  # Before anything is measured: what is wrong must not cost the run.
+  context = machine()
+  old = []
+  if options.compare:
+    old = benchmark_report.read_lines(options.compare)
+    benchmark_report.check_comparable(
+        old, config.size, config.measures, context["device"]
+    )
   pythons = None
   if options.peer:
     pythons = benchmark_peers.pythons(options.peer_python)
-  context = machine()
+    benchmark_peers.check_names(options.only_peers)
+  elif options.only_peers or options.peer_python:
+    raise PeerError("--only_peers and --peer_python need --peer: give it too")
   compilations = Compilations()
   limits = Limits(config.model.dtype, config.copy_mib)
   lines, rows = [], []
@@ -145,9 +153,13 @@ def benchmark(config: Config, options: Options) -> bool:
     out.write_text("", encoding="utf-8")
   for name in config.measures:
     logging.info("benchmark: %s %s", config.size, name)
-    found = measure(
-        name, config, limits, compilations, pythons, options.only_peers
-    )
+    try:
+      found = measure(
+          name, config, limits, compilations, pythons, options.only_peers
+      )
+    except benchmark_start.StartError as error:
+      # What the others have measured is not lost.
+      found = [benchmark_report.unmeasured(config.size, name, str(error))]
     lines += found
     rows += [benchmark_report.as_json(x, context) for x in found]
     if out:
@@ -156,7 +168,7 @@ def benchmark(config: Config, options: Options) -> bool:
     gc.collect()
   print(_title(config, context))
   print(benchmark_report.table(lines))
-  if not old:
+  if not options.compare:
     return False
   new = [dataclasses.asdict(x) | context for x in lines]
   slower = benchmark_report.slower(old, new)

@@ -2,9 +2,9 @@
 
     python -m experiments.ppo --config=configs/ppo.py --workdir=DIR
 
-An iteration is three programs: rollout (sample completions), score (reference
-log-probs, values, rewards, advantages), update (epochs x minibatches). See
-`rlhf_jax/updates/ppo.py` for what happens inside.
+An iteration is three programs, or one with `fuse_iteration`: rollout (sample
+completions), score (reference log-probs, values, rewards, advantages), update
+(epochs x minibatches). See `rlhf_jax/updates/ppo.py` for what happens inside.
 
   1. Loads policy, reference policy (the same by default) and reward model; the
      value network starts from the reward model, the policy or zero.
@@ -34,6 +34,7 @@ from experiments.harness import (
     value_network,
 )
 from experiments.harness.config import ConfigError
+from experiments.harness.fused_iteration import FusedStep
 from experiments.harness.ppo_config import Config
 from experiments.harness.ppo_iteration import Batches, Step
 from experiments.harness.reference import Reference
@@ -104,9 +105,14 @@ def run(config: Config, workdir: str) -> None:
       config.parallelism,
       config.samples.make_generate(policy.config),
   )
-  step = Step(
-      config, programs, policy, reference, reward_fn, meshes, frozen
-  )
+  if config.fuse_iteration:
+    step = FusedStep(
+        config, programs, policy, reference, reward_model, mesh, frozen
+    )
+  else:
+    step = Step(
+        config, programs, policy, reference, reward_fn, meshes, frozen
+    )
   task = loop.Task(
       name="ppo",
       state=step.started(state, batches),

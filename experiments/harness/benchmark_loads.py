@@ -65,14 +65,18 @@ def dpo(config: Config, num_params: int) -> tuple[Load, ...]:
 
 
 def score(config: Config) -> tuple[Load, ...]:
-  """Reward model, policy, value network and reference on a rollout."""
+  """Reward model, policy, value network and reference on a rollout.
+
+  The policy only where its log-probs are computed again.
+  """
   rows = config.ppo.rollout_batch_size
   reward_model = _scalar_model(config.model, rows, config.length + 1)
   ref = _language_model(
       config.model, rows, config.length, config.completion_length
   )
-  policy = _policy_and_value(config, rows)
-  return tuple(Load(matmuls=x) for x in (reward_model, policy, ref))
+  recompute = config.ppo.ppo.old_logprobs == "recompute"
+  own = _policy_and_value(config, rows, with_logprobs=recompute)
+  return tuple(Load(matmuls=x) for x in (reward_model, own, ref))
 
 
 def update(config: Config, num_params: int) -> tuple[Load, ...]:
@@ -95,16 +99,20 @@ def optimizer(num_params: int, times: int = 1) -> Load:
   )
 
 
-def _policy_and_value(config: Config, rows: int) -> tuple[Matmul, ...]:
-  policy = _language_model(
-      config.model, rows, config.length, config.completion_length
-  )
+def _policy_and_value(
+    config: Config, rows: int, with_logprobs: bool = True
+) -> tuple[Matmul, ...]:
+  trunk = flops.trunk(config.model, rows, config.length, config.length)
   positions = rows * config.completion_length
-  head = flops.scalar_head(config.model, positions)
-  if config.ppo.value_network == "shared":
-    return (*policy, head)
-  value = flops.trunk(config.model, rows, config.length, config.length)
-  return (*policy, *value, head)
+  matmuls = [flops.scalar_head(config.model, positions)]
+  is_shared = config.ppo.value_network == "shared"
+  if with_logprobs:
+    matmuls.append(flops.head(config.model, rows, config.completion_length))
+  if with_logprobs or is_shared:
+    matmuls += trunk
+  if not is_shared:
+    matmuls += trunk
+  return tuple(matmuls)
 
 
 def _language_model(

@@ -14,8 +14,10 @@ turns its process waits for a line and takes no core.
 """
 
 from collections.abc import Iterable, Sequence
+import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -233,9 +235,12 @@ class Worker:
   def __init__(self, peer: Peer, python: str, config: Config):
     self.peer = peer
     self._log = tempfile.TemporaryFile("w+")  # noqa: SIM115, closed below
+    # Of what libraries leave behind; it goes with the process.
+    self._folder = tempfile.TemporaryDirectory()
     self._process = subprocess.Popen(
         [python, "-m", _WORKER, peer.work],
         cwd=_REPO,
+        env=os.environ | {"TMPDIR": self._folder.name},
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=self._log,
@@ -253,7 +258,9 @@ class Worker:
 
   def close(self) -> None:
     """Ends the process."""
-    self._process.stdin.close()
+    # Of a process that died, what it did not read is still to be sent.
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()
     try:
       self._process.wait(timeout=30)
     except subprocess.TimeoutExpired:
@@ -261,6 +268,7 @@ class Worker:
       self._process.wait()
     self._process.stdout.close()
     self._log.close()
+    self._folder.cleanup()
 
   def _ask(self, line: str) -> dict[str, Any]:
     timer = threading.Timer(_TIMEOUT, self._process.kill)
@@ -304,6 +312,20 @@ def start(
       yield peer, Worker(peer, choose_python(peer, found), config)
     except PeerError as error:
       yield peer, error
+
+
+def check_names(chosen: Sequence[str]) -> None:
+  """Checks that each is part of a peer's name.
+
+  Raises:
+    PeerError: with the names there are.
+  """
+  for part in chosen:
+    if not any(part.lower() in peer.name.lower() for peer in PEERS):
+      names = ", ".join(repr(peer.name) for peer in PEERS)
+      raise PeerError(
+          f"--only_peers: {part!r} is in no peer's name; there are {names}"
+      )
 
 
 def pythons(others: Iterable[str]) -> dict[str, dict[str, str]]:

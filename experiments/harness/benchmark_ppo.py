@@ -25,6 +25,7 @@ from experiments.harness import (
 )
 from experiments.harness.benchmark_config import Config
 from experiments.harness.benchmark_timing import Measure, Part, timed
+from experiments.harness.fused_iteration import FusedStep
 from experiments.harness.ppo_iteration import Step
 from experiments.harness.reference import Reference
 from rlhf_jax import optim, sharding
@@ -49,6 +50,7 @@ class Ids:
 class Iteration:
   """All that a step of PPO is made of.
 
+  whole: an iteration as the config has it, fused or not.
   step: (programs, reward function) -> `Step`.
   """
 
@@ -56,6 +58,7 @@ class Iteration:
   batch: tuple[PromptBatch, None]
   programs: ppo_programs.Programs
   reward_fn: Callable[[Any], Any]
+  whole: Callable[..., Any]
   step: Callable[[ppo_programs.Programs, Callable[[Any], Any]], Step]
 
 
@@ -105,11 +108,18 @@ def make_iteration(config: Config) -> Iteration:
         cfg, programs, policy, reference, reward_fn, meshes, frozen
     )
 
+  reward_fn = evaluator.make_reward_fn(reward_model)
+  whole = step(programs, reward_fn)
+  if cfg.fuse_iteration:
+    whole = FusedStep(
+        cfg, programs, policy, reference, reward_model, mesh, frozen
+    )
   return Iteration(
       state=state,
       batch=(_prompts(config), None),
       programs=programs,
-      reward_fn=evaluator.make_reward_fn(reward_model),
+      reward_fn=reward_fn,
+      whole=whole,
       step=step,
   )
 
@@ -150,7 +160,7 @@ class _Iterations:
     self._state, self._batch = iteration.state, iteration.batch
     self._clock, programs = _Clock(), iteration.programs
     around = self._clock.around
-    self._whole = iteration.step(programs, iteration.reward_fn)
+    self._whole = iteration.whole
     self._split = iteration.step(
         dataclasses.replace(
             programs,

@@ -93,6 +93,11 @@ def skipped(size: str, by: str, part: Part, reason: str) -> Line:
   )
 
 
+def unmeasured(size: str, name: str, reason: str) -> Line:
+  """Of a measure of ours that did not come to its end."""
+  return Line(size=size, name=name, by=OURS, unit="", skipped=reason)
+
+
 def as_json(line: Line, context: dict[str, Any]) -> str:
   """One line of the file; `context` is that of the whole run."""
   return json.dumps({**dataclasses.asdict(line), **context})
@@ -196,35 +201,57 @@ def _number(x: float) -> str:
 # ---- comparison --------------------------------------------------------------
 
 
+def check_comparable(
+    old: Iterable[dict[str, Any]],
+    size: str,
+    measures: Iterable[str],
+    device: str,
+) -> None:
+  """Checks that what will be measured can be held against older lines.
+
+  Raises:
+    CompareError: they are of another size or device, or lack a measure.
+  """
+  ours = [x for x in old if x["by"] == OURS and not x["skipped"]]
+  sizes = {x["size"] for x in ours}
+  if size not in sizes:
+    raise CompareError(
+        f"measured at {sorted(sizes)} before and at {size!r} now: compare runs "
+        "of one size"
+    )
+  mine = [x for x in ours if x["size"] == size]
+  for x in mine:
+    if x["device"] != device:
+      raise CompareError(
+          f"measured on {x['device']!r} before and on {device!r} now: compare "
+          "runs of one machine"
+      )
+  # A measure's lines are its own and its parts'.
+  names = {x["name"].partition("/")[0] for x in mine}
+  missing = [name for name in measures if name not in names]
+  if missing:
+    raise CompareError(
+        f"not measured before: {', '.join(missing)}; leave them out with "
+        "--config.measures, or measure the older commit again"
+    )
+
+
 def slower(
     old: Iterable[dict[str, Any]], new: Iterable[dict[str, Any]]
 ) -> list[str]:
   """What of ours is slower than noise explains, a sentence each.
 
   That is where old and new repeats do not overlap and the median is worse by
-  more than `NOISE`.
-
-  Raises:
-    CompareError: nothing was measured in both, or on another device.
+  more than `NOISE`; see `check_comparable` for what the two must be.
   """
   key = lambda x: (x["size"], x["name"])
   mine = lambda lines: {
       key(x): x for x in lines if x["by"] == OURS and not x["skipped"]
   }
   old, new = mine(old), mine(new)
-  common = [x for x in new if x in old]
-  if not common:
-    raise CompareError(
-        "no measure is in both results: compare runs of one size and measures"
-    )
   told = []
-  for name in common:
+  for name in [x for x in new if x in old]:
     before, after = old[name], new[name]
-    if before["device"] != after["device"]:
-      raise CompareError(
-          f"measured on {before['device']!r} before and on "
-          f"{after['device']!r} now: compare runs of one machine"
-      )
     if _is_slower(before, after):
       told.append(
           f"{name[0]} {name[1]}: {_range(before)} before, {_range(after)} now"

@@ -95,8 +95,7 @@ def main() -> None:
 
   config = config_lib.from_config(Config, json.load(sys.stdin))
   made = benchmark_ppo.make_iteration(config)
-  step = made.step(made.programs, made.reward_fn)
-  jax.block_until_ready(step(made.state, made.batch))
+  jax.block_until_ready(made.whole(made.state, made.batch))
   print(_DONE, flush=True)
 
 

@@ -159,7 +159,7 @@ def sample_all(
   """Completes every prompt, `batch_size` prompts at a time; numpy arrays.
 
   Each row's randomness is that of its place among all, so the batch size
-  changes nothing.
+  changes nothing but rounding.
 
   Args:
     num_completions: what `generate` was made for.

@@ -318,7 +318,9 @@ class _Counted:
     rows = config.rollout_batch_size // parts
     ref = flops.trunk(self._ref, rows, self._length, self._length)
     ref.append(self._head(self._ref, rows))
-    work = flops.total([*self._policy_and_value(rows), *ref]).times(parts)
+    recompute = config.ppo.old_logprobs == "recompute"
+    own = self._policy_and_value(rows, with_logprobs=recompute)
+    work = flops.total([*own, *ref]).times(parts)
     return [self._phase("forward", self._policy, work)]
 
   def update(self, state_bytes: int) -> list[Phase]:
@@ -350,9 +352,14 @@ class _Counted:
         Phase(name="optimizer", flops=0.0, memory_bytes=optimizer_bytes),
     ]
 
-  def _policy_and_value(self, rows: int) -> list[flops.Matmul]:
-    matmuls = self._trunk(self._policy, rows, self._length)
-    matmuls.append(self._head(self._policy, rows))
+  def _policy_and_value(
+      self, rows: int, with_logprobs: bool = True
+  ) -> list[flops.Matmul]:
+    matmuls = []
+    if with_logprobs:
+      matmuls.append(self._head(self._policy, rows))
+    if with_logprobs or self._value is None:
+      matmuls += self._trunk(self._policy, rows, self._length)
     if self._value is not None:
       matmuls += self._trunk(self._value, rows, self._length)
     value = self._value or self._policy

@@ -162,6 +162,10 @@ def _check_together(cfg: ppo_config.Config) -> None:
           "ppo.overlap=1: members sample and score by turns; set 0",
       ),
       (
+          cfg.fuse_iteration,
+          "ppo.fuse_iteration=True: members' programs are apart; set False",
+      ),
+      (
           cfg.placement.num_devices,
           "ppo.placement: all models are on the policy's devices; set 0",
       ),

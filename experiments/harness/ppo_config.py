@@ -33,6 +33,8 @@ class Config:
   placement: reference policy and reward model may have devices of their own.
   overlap: 1 samples the next rollout while this one is scored, by a policy that
     is one update older (with ppo.importance_correction); 0 takes turns.
+  fuse_iteration: an iteration is one program, for a reward model that reads the
+    policy's tokens on its devices, see `harness/fused_iteration.py`.
   parallelism: jit or pmap, see `harness/parallelism.py`.
   samples: also fixes prompt and completion lengths, and the slots of rollouts;
     its temperature is that of evaluation, ppo.temperature that of training.
@@ -54,6 +56,7 @@ class Config:
   sharding: devices.PPOSharding
   placement: devices.PlacementConfig
   overlap: Literal[0, 1]
+  fuse_iteration: bool
   parallelism: Parallelism
   ptx_documents: sources.SourceConfig
   ptx_batch_size: int
@@ -80,6 +83,8 @@ class Config:
         self.rollout_batch_size, parts, self.mesh, "rollout_batch_size", taken
     )
     _check_placement(self)
+    if self.fuse_iteration:
+      _check_fused(self)
     devices.check_length(
         self.samples.max_prompt_length + self.samples.max_completion_length,
         self.mesh,
@@ -158,7 +163,32 @@ def _check_placement(config: Config) -> None:
     )
 
 
+def _check_fused(config: Config) -> None:
+  for is_so, name, why in (
+      (config.reward_rule, "reward_rule", "a rule reads text on the host"),
+      (config.overlap, "overlap", "the next rollout is a program of its own"),
+      (config.placement.num_devices, "placement", "a program has one mesh"),
+      (config.parallelism == "pmap", "parallelism", "pmap maps one program"),
+  ):
+    if is_so:
+      raise ValueError(
+          f"fuse_iteration=True with {name}={getattr(config, name)!r}: {why}; "
+          "set fuse_iteration=False"
+      )
+
+
 def _check_ppo(cfg: ppo.PPOConfig) -> None:
+  if cfg.old_logprobs == "rollout":
+    if cfg.kl_estimator == "exact":
+      raise ValueError(
+          "ppo.kl_estimator='exact' takes the policy's logits, which "
+          "ppo.old_logprobs='rollout' does not compute: use k1, k2 or k3"
+      )
+    if cfg.importance_correction:
+      raise ValueError(
+          "ppo.importance_correction compares recomputed log-probs with the "
+          "sampler's: it needs ppo.old_logprobs='recompute'"
+      )
   # Not in PPOConfig itself, whose numbers may be traced.
   ranges = {
       "num_epochs": ">= 1",

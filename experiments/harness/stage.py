@@ -28,8 +28,8 @@ from experiments.harness import lock, models, stopping
 from rlhf_jax import checkpoint
 
 # What a run may be taken up with another value of: these decide what is kept
-# and shown, when it stops, and how much memory it takes, and no result. They
-# are compared by name, at any depth.
+# and shown, when it stops, and how much memory it takes, and no result but by
+# rounding. They are compared by name, at any depth.
 MEMORY_FIELDS = (
     "attention_backend",
     "head_chunk_size",

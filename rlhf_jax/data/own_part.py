@@ -12,6 +12,7 @@ says so to the others, instead of leaving them to wait.
 from collections.abc import Callable, Sequence
 import itertools
 from typing import TypeVar
+import zlib
 
 import jax
 from jax.experimental import multihost_utils
@@ -100,23 +101,32 @@ def _divided(
   num, this = jax.process_count(), jax.process_index()
   owners = [i // together % num for i in range(len(items))]
   mine = [x for x, owner in zip(items, owners, strict=True) if owner == this]
-  parts = of_all(lambda: encode(mine))
-  wanted = [0] * num
-  for owner, count in zip(owners, counts, strict=True):
-    wanted[owner] += count
-  for i, part in enumerate(parts):
-    if len(part) != wanted[i]:
-      raise OwnPartError(
-          f"process {i} of {num} has encoded {len(part)} texts where process"
-          f" {this} has {wanted[i]} for it: they read other records. All"
-          " processes must see the same files"
-      )
+  # All compare what all have read, so that all end where one differs.
+  parts = of_all(lambda: [[len(items), _checksum(items)], *encode(mine)])
+  read = [tuple(part.pop(0)) for part in parts]
+  if len(set(read)) > 1:
+    told = ", ".join(f"{n} with checksum {x:08x}" for n, x in read)
+    raise OwnPartError(
+        f"the {num} processes have read different texts: {told}. All processes"
+        " must see the same files"
+    )
   ids = [iter(part) for part in parts]
   return [
       next(ids[owner])
       for owner, count in zip(owners, counts, strict=True)
       for _ in range(count)
   ]
+
+
+def _checksum(items: Sequence[str | Sequence[str]]) -> int:
+  """Of all texts and how they are divided; 31 bits."""
+  found = 0
+  for item in items:
+    for text in (item,) if isinstance(item, str) else (*item, ""):
+      # What cannot be encoded is an error of whoever encodes it.
+      raw = text.encode("utf-8", "surrogatepass") + b"\0"
+      found = zlib.crc32(raw, found)
+  return found & 0x7FFFFFFF
 
 
 def _flattened(rows: list[list[int]]) -> np.ndarray:

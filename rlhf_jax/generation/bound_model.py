@@ -42,6 +42,7 @@ class BoundModel:
       num_completions: rows for each prompt, one after the other; it runs once.
     """
     num, p = prompts.shape
+    transformer.check_cache_length(self.model.config, length)
     cache = init_cache(
         self.model.config, num, p if self.is_unrolled else length
     )

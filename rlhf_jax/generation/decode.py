@@ -123,9 +123,7 @@ def make_generate(
       rows: Int[Array, "_"] | None = None,
   ) -> Rollout:
     b = prompts.shape[0] * num_completions
-    if rows is None:
-      rows = jnp.arange(b, dtype=jnp.int32)
-    row_rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+    row_rngs = row_streams(rng, rows, b)
     bound = bound_model.bind(model, params, prompts, is_unrolled)
     length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)
     logits, cache = bound.prefill(
@@ -156,6 +154,29 @@ def make_generate(
     )
 
   return generate
+
+
+def row_streams(
+    rng: Key[Array, ""] | UInt32[Array, "2"],
+    rows: Int[Array, "_"] | None,
+    num_rows: int,
+) -> Key[Array, "B"] | UInt32[Array, "B 2"]:
+  """The random stream of each row, by its number.
+
+  Args:
+    rows: the numbers; None counts from 0.
+
+  Raises:
+    ValueError: they are not one a row.
+  """
+  if rows is None:
+    rows = jnp.arange(num_rows, dtype=jnp.int32)
+  if rows.shape != (num_rows,):
+    raise ValueError(
+        f"rows has shape {rows.shape}, and there are {num_rows} rows: give a "
+        "number for every completion of every prompt"
+    )
+  return jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
 
 
 def _empty(batch_size: int, cache: Cache, cfg: SamplingConfig) -> _State:

@@ -135,9 +135,7 @@ def make_generate_many(
     n = num_prompts * num_completions
     if n <= num_slots:
       return at_once(params, prompts, prompt_mask, rng, cfg, rows)
-    if rows is None:
-      rows = jnp.arange(n, dtype=jnp.int32)
-    rngs = jax.vmap(jax.random.fold_in, (None, 0))(rng, rows)
+    rngs = decode.row_streams(rng, rows, n)
     everyone = _Everyone(prompts, prompt_mask, rngs)
     bound = bound_model.bind(model, params, prompts, is_unrolled)
     length = bound_model.cache_length(prompts.shape[1], cfg.max_new_tokens)

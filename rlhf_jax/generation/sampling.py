@@ -73,7 +73,8 @@ def sample(
   uniform_block, uniform_token = jax.random.uniform(rng, (2,))
   chosen = _invert(jnp.sum(blocks, axis=1), uniform_block)
   token = _invert(blocks[chosen], uniform_token)
-  return chosen * block + token
+  # Of logits that are NaN none exceeds anything: still a token, not past all.
+  return jnp.minimum(chosen * block + token, size - 1)
 
 
 def _invert(

@@ -74,14 +74,23 @@ class Cache:
     return isinstance(self.layers[0], tuple)
 
 
-def init_cache(
-    config: TransformerConfig, batch_size: int, length: int
-) -> Cache:
-  """An empty cache for `length` tokens a row, padding included."""
+def check_cache_length(config: TransformerConfig, length: int) -> None:
+  """Checks that a model knows as many positions.
+
+  Raises:
+    ValueError: with the numbers.
+  """
   if not 0 < length <= config.max_length:
     raise ValueError(
         f"cache length {length} is not in 1..max_length={config.max_length}"
     )
+
+
+def init_cache(
+    config: TransformerConfig, batch_size: int, length: int
+) -> Cache:
+  """An empty cache for `length` tokens a row, padding included."""
+  check_cache_length(config, length)
   shape = (
       config.num_layers,
       batch_size,

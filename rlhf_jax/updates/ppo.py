@@ -16,7 +16,10 @@ microbatches and devices change nothing (N+ averages each device's mean).
       detail "logits / temperature").
    2. old_logprobs are recomputed by the forward pass that is differentiated, so
       the first ratio is 1. What the sampler said is compared: metric
-      'ppo/rollout_logprob_gap'. Dropout does not exist here.
+      'ppo/rollout_logprob_gap'. With old_logprobs='rollout' they are the
+      sampler's own, which saves the policy's pass over the rollout; then
+      'ppo/first_ratio_gap' is how far the two differ, and nothing that needs
+      the policy's logits is reported. Dropout does not exist here.
    3. A completion that never ended gets `missing_eos_score` instead of its
       score (N+, "EOS trick"; 1909.08593 for its truncation at a stop token,
       which here is `SamplingConfig.stop_ids` and `stop_after`).
@@ -94,6 +97,7 @@ class PPOConfig:
   """Coefficients are data, the rest is structure (see `types.static`).
 
   temperature: of the sampling distribution and so of every log-prob.
+  old_logprobs: see 2 above.
   kl_coef: beta; with the adaptive controller, where it starts.
   kl_target: nats a completion; kl_horizon: episodes (adaptive only).
   missing_eos_score: what a completion that never ended scores, if
@@ -105,6 +109,7 @@ class PPOConfig:
   """
 
   temperature: float = 0.7
+  old_logprobs: Literal["recompute", "rollout"] = static("recompute")
   kl_estimator: Literal["k1", "k2", "k3", "exact"] = static("k1")
   kl_controller: Literal["fixed", "adaptive"] = static("fixed")
   kl_coef: float = 0.05
@@ -180,6 +185,64 @@ def hidden_and_values(
   return hidden[:, :-1], values[:, :-1]
 
 
+def measure_rollout(
+    model: PolicyValueFns,
+    ref_model: LanguageModelFns,
+    params: Any,
+    ref_params: Any,
+    rollout: Rollout,
+    ref_hidden: Float[Array, "B C D"] | None,
+    cfg: PPOConfig,
+) -> dict[str, Float[Array, "B C"]]:
+  """What policy, value network and reference policy make of each token.
+
+  logprobs, ref_logprobs, values, and the KL between the two, k1, k2 and k3;
+  with the policy's logits at hand also the exact KL and the entropy.
+  """
+  hidden, values = hidden_and_values(model, params, rollout)
+  if ref_hidden is None:
+    ref_hidden = functions.completion_hidden(ref_model, ref_params, rollout)
+  logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
+  at = dict(temperature=cfg.temperature)
+
+  def measure_both(ids, ref_hidden, hidden):
+    logits, ref_logits = logits_of(hidden), ref_logits_of(ref_hidden)
+    return {
+        "logprobs": language_modeling.selected_logprobs(logits, ids, **at),
+        "ref_logprobs": language_modeling.selected_logprobs(
+            ref_logits, ids, **at
+        ),
+        "exact": kl_lib.kl_exact(logits, ref_logits, **at),
+        "entropy": language_modeling.entropy(logits, **at),
+    }
+
+  def measure_reference(ids, ref_hidden):
+    ref_logits = ref_logits_of(ref_hidden)
+    return {
+        "ref_logprobs": language_modeling.selected_logprobs(
+            ref_logits, ids, **at
+        )
+    }
+
+  measured = {"logprobs": rollout.logprobs, "values": values}
+  inputs = (rollout.completions, ref_hidden)
+  recompute = cfg.old_logprobs == "recompute"
+  # Without it nothing reads the policy's hidden states, and the compiler drops
+  # what only they needed: a separate policy's whole pass.
+  measured |= chunking.map_positions(
+      measure_both if recompute else measure_reference,
+      (*inputs, hidden) if recompute else inputs,
+      rollout.completion_mask,
+      chunk_size=model.chunk_size,
+  )
+  pair = measured["logprobs"], measured["ref_logprobs"]
+  return measured | {
+      "k1": kl_lib.kl_k1(*pair),
+      "k2": kl_lib.kl_k2(*pair),
+      "k3": kl_lib.kl_k3(*pair),
+  }
+
+
 def make_score_rollout(
     model: PolicyValueFns, ref_model: LanguageModelFns
 ) -> Callable[..., tuple[ScoredRollout, Metrics]]:
@@ -189,52 +252,24 @@ def make_score_rollout(
   that has run on devices of its own; ref_params is then its head alone.
   """
 
-  def forward(params, ref_params, rollout, ref_hidden, temperature):
-    hidden, values = hidden_and_values(model, params, rollout)
-    if ref_hidden is None:
-      ref_hidden = functions.completion_hidden(ref_model, ref_params, rollout)
-
-    logits_of, ref_logits_of = model.head(params), ref_model.head(ref_params)
-
-    def measure(hidden, ref_hidden, ids):
-      logits, ref_logits = logits_of(hidden), ref_logits_of(ref_hidden)
-      at = dict(temperature=temperature)
-      return (
-          language_modeling.selected_logprobs(logits, ids, **at),
-          language_modeling.selected_logprobs(ref_logits, ids, **at),
-          kl_lib.kl_exact(logits, ref_logits, **at),
-          language_modeling.entropy(logits, **at),
-      )
-
-    logprobs, ref_logprobs, kl_exact, entropy = chunking.map_positions(
-        measure,
-        (hidden, ref_hidden, rollout.completions),
-        rollout.completion_mask,
-        chunk_size=model.chunk_size,
-    )
-    kls = {
-        "k1": kl_lib.kl_k1(logprobs, ref_logprobs),
-        "k2": kl_lib.kl_k2(logprobs, ref_logprobs),
-        "k3": kl_lib.kl_k3(logprobs, ref_logprobs),
-        "exact": kl_exact,
-    }
-    return logprobs, ref_logprobs, values, kls, entropy
-
   def score_rollout(
       params, ref_params, rollout, score, kl_coef, cfg, ref_hidden=None
   ):
     mask = rollout.completion_mask
-    logprobs, ref_logprobs, values, kls, entropy = gradient.map_microbatches(
-        lambda part: forward(params, ref_params, *part, cfg.temperature),
+    measured = gradient.map_microbatches(
+        lambda part: measure_rollout(
+            model, ref_model, params, ref_params, *part, cfg
+        ),
         (rollout, ref_hidden),
         cfg.num_microbatches,
     )
+    logprobs, values = measured["logprobs"], measured["values"]
     raw_score = score
     if cfg.replace_missing_eos:
       score = jnp.where(
           rollout.ended, score, jnp.asarray(cfg.missing_eos_score, jnp.float32)
       )
-    kl = jnp.where(mask == 1, kls[cfg.kl_estimator], jnp.float32(0))
+    kl = jnp.where(mask == 1, measured[cfg.kl_estimator], jnp.float32(0))
     position = jnp.arange(mask.shape[1])[None]
     at_end = position == masking.last_index(mask)[:, None]
     rewards = -kl_coef * kl + jnp.where(at_end, score[:, None], jnp.float32(0))
@@ -251,27 +286,30 @@ def make_score_rollout(
     per_episode = lambda x: metrics_lib.average(
         masking.masked_sum(x, mask, axis=1)
     )
-    gap = jnp.abs(logprobs - rollout.logprobs)
-    importance = policy_gradient.truncated_importance_weight(
-        logprobs, rollout.logprobs, cap=cfg.importance_cap
-    )
-    metrics = collectives.sum_over_devices({
+    metrics = {
         "ppo/score": metrics_lib.average(raw_score),
         "ppo/score_after_eos_rule": metrics_lib.average(score),
         "ppo/reward_sum": per_episode(unwhitened),
         "ppo/kl": per_episode(kl),
-        "ppo/kl_k1": per_episode(kls["k1"]),
-        "ppo/kl_k2": per_episode(kls["k2"]),
-        "ppo/kl_k3": per_episode(kls["k3"]),
-        "ppo/kl_exact": per_episode(kls["exact"]),
-        "ppo/entropy": metrics_lib.average(entropy, mask),
+        "ppo/kl_k1": per_episode(measured["k1"]),
+        "ppo/kl_k2": per_episode(measured["k2"]),
+        "ppo/kl_k3": per_episode(measured["k3"]),
         "ppo/completion_length": metrics_lib.average(mask.sum(axis=1)),
         "ppo/ended": metrics_lib.average(rollout.ended),
         "ppo/value": metrics_lib.average(values, mask),
-        "ppo/rollout_logprob_gap": metrics_lib.average(gap, mask),
-        "ppo/importance_weight": metrics_lib.average(importance, mask),
-    })
-    metrics |= {
+    }
+    if cfg.old_logprobs == "recompute":
+      gap = jnp.abs(logprobs - rollout.logprobs)
+      importance = policy_gradient.truncated_importance_weight(
+          logprobs, rollout.logprobs, cap=cfg.importance_cap
+      )
+      metrics |= {
+          "ppo/kl_exact": per_episode(measured["exact"]),
+          "ppo/entropy": metrics_lib.average(measured["entropy"], mask),
+          "ppo/rollout_logprob_gap": metrics_lib.average(gap, mask),
+          "ppo/importance_weight": metrics_lib.average(importance, mask),
+      }
+    metrics = collectives.sum_over_devices(metrics) | {
         "ppo/kl_coef": metrics_lib.scalar(kl_coef),
         "ppo/explained_variance": metrics_lib.scalar(1 - residual / spread),
     }
@@ -279,7 +317,7 @@ def make_score_rollout(
         rollout=rollout,
         score=score,
         old_logprobs=logprobs,
-        ref_logprobs=ref_logprobs,
+        ref_logprobs=measured["ref_logprobs"],
         values=values,
         kl=kl,
         rewards=rewards,

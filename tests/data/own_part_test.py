@@ -34,6 +34,15 @@ def test_alone_nobody_and_no_device_is_asked(monkeypatch):
     own_part.of_all(lambda: {}["as it is"])
 
 
+def test_texts_of_another_number_order_or_division_have_another_checksum():
+  texts = (
+      ["ab", "c"], ["a", "bc"], ["c", "ab"], ["", "ab", "c"], ["abc"],
+      [["ab", "c"]], [["ab"], ["c"]], [["ab"], [], ["c"]], [], ["\ud800"],
+  )
+  assert len({own_part._checksum(x) for x in texts}) == len(texts)
+  assert own_part._checksum(texts[0]) == own_part._checksum(tuple(texts[0]))
+
+
 @given(
     st.lists(st.lists(st.lists(st.integers(0, 2**31 - 1)))).filter(len),
     st.integers(1, 40),

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import pathlib
 import sys
 
 import jax
@@ -295,12 +296,52 @@ def test_compare_flags_what_is_slower_and_not_noise():
   )
 
 
-def test_compare_refuses_what_says_nothing():
+@pytest.mark.parametrize(
+    "changes,message",
+    [
+        ({"device": "e"}, "on 'd' before and on 'e' now"),
+        ({"size": "gpt2"}, r"at \['tiny'\] before and at 'gpt2' now"),
+        ({"measures": ("sft", "ppo")}, "not measured before: ppo"),
+    ],
+)
+def test_compare_refuses_at_the_start_what_says_nothing(changes, message):
   old = lines(1.0, 1.0, 1.0)
-  with pytest.raises(benchmark_report.CompareError, match="another|before"):
-    benchmark_report.slower(old, lines(1.0, 1.0, 1.0, device="e"))
-  with pytest.raises(benchmark_report.CompareError, match="no measure"):
-    benchmark_report.slower(old, lines(1.0, 1.0, 1.0, size="gpt2"))
+  now = dict(size="tiny", measures=("sft",), device="d")
+  benchmark_report.check_comparable(old, **now)
+  with pytest.raises(benchmark_report.CompareError, match=message):
+    benchmark_report.check_comparable(old, **now | changes)
+  with pytest.raises(benchmark_report.CompareError, match="before"):
+    benchmark_report.check_comparable([], **now)
+
+
+@pytest.mark.parametrize(
+    "options,message",
+    [
+        ({"only_peers": ("trl",)}, "--peer: give it too"),
+        ({"peer_python": ("python",)}, "--peer: give it too"),
+        ({"peer": True, "only_peers": ("trx",)}, "'trx' is in no peer's name"),
+    ],
+)
+def test_flags_that_would_choose_nothing_are_refused(options, message):
+  given = dict(
+      peer=False, peer_python=(), only_peers=(), compare="", out=""
+  )
+  with pytest.raises(PeerError, match=message):
+    binary.benchmark(micro(), binary.Options(**given | options))
+
+
+def test_a_start_up_that_fails_costs_no_other_measure(monkeypatch, tmp_path):
+  def fails(config):
+    raise benchmark_start.StartError("killed")
+
+  monkeypatch.setitem(binary._MAKERS, "startup", fails)
+  out = tmp_path / "out.jsonl"
+  options = binary.Options(
+      peer=False, peer_python=(), only_peers=(), compare="", out=str(out)
+  )
+  assert not binary.benchmark(micro(measures=("startup",)), options)
+  (line,) = benchmark_report.read_lines(str(out))
+  assert line["skipped"] == "killed" and line["value"] is None
 
 
 def test_a_file_that_is_no_result_is_named_with_its_line(tmp_path):
@@ -402,6 +443,24 @@ def test_a_worker_takes_its_turns(fake_peers):
     one.run()
   one.close()
   assert one._process.returncode == 0
+
+
+def test_a_worker_that_is_killed_tells_so_and_can_be_closed(fake_peers):
+  (fake_peers / "sits.py").write_text(
+      "import tempfile\n"
+      "def make(argument, job):\n"
+      "  open(tempfile.mkdtemp() + '/left', 'w').close()\n"
+      "  return lambda: {argument: 1.0}\n"
+  )
+  one = Worker(peer("sits:sft"), sys.executable, micro())
+  folder = pathlib.Path(one._folder.name)
+  assert list(folder.glob("*/left"))
+  one._process.kill()
+  one._process.wait()
+  with pytest.raises(PeerError, match="its process ended"):
+    one.run()
+  one.close()
+  assert not folder.exists()
 
 
 def test_a_trainers_own_loop_takes_its_turns(fake_peers):

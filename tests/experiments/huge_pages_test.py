@@ -1,7 +1,10 @@
 import importlib
 import os
+import pathlib
 import subprocess
 import sys
+
+import pytest
 
 import experiments
 
@@ -33,11 +36,26 @@ def test_neither_an_import_nor_a_users_own_setting_starts_anything(monkeypatch):
   assert not _imported(monkeypatch, ["-m"], {"GLIBC_TUNABLES": ""})
 
 
-def test_a_real_binary_gets_there_with_its_arguments_and_exit_code():
+@pytest.mark.skipif(sys.platform != "linux", reason="a setting of glibc")
+def test_a_real_binary_starts_twice_with_its_arguments_and_exit_code(tmp_path):
+  # Python imports this before anything else, each time that it starts.
+  (tmp_path / "sitecustomize.py").write_text(
+      "import os, sys\n"
+      "tunables = os.environ.get('GLIBC_TUNABLES')\n"
+      "print('started', tunables, sys.orig_argv[1:], file=sys.stderr)\n"
+  )
   environ = {k: v for k, v in os.environ.items() if k != "GLIBC_TUNABLES"}
+  repo = pathlib.Path(experiments.__file__).resolve().parents[1]
+  environ["PYTHONPATH"] = f"{tmp_path}:{repo}"
+  command = ["-m", "experiments.report", "--no_such_flag=a b"]
   done = subprocess.run(
-      [sys.executable, "-m", "experiments.report"],
+      [sys.executable, *command],
       env=environ, capture_output=True, text=True, check=False, timeout=120,
   )
   assert done.returncode == 1
-  assert "--" in done.stderr
+  assert "no_such_flag" in done.stderr
+  starts = [x for x in done.stderr.splitlines() if x.startswith("started")]
+  assert starts == [
+      f"started None {command}",
+      f"started glibc.malloc.hugetlb=1 {command}",
+  ]

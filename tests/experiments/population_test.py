@@ -394,6 +394,7 @@ REFUSED = [
         dict(ppo__overlap=1, ppo__ppo__importance_correction=True),
         "ppo.overlap=1: members sample and score by turns; set 0",
     ),
+    (dict(ppo__fuse_iteration=True), "ppo.fuse_iteration=True: members'"),
     (dict(ppo__placement__ref_policy__devices=1), "ppo.placement: all models"),
     (dict(ppo__samples__num_slots=4), "ppo.samples.num_slots=4: slots of"),
     (dict(ppo__loop__best_metric="eval/score"), "best_metric='eval/score': a"),

@@ -139,7 +139,8 @@ def environment() -> dict[str, str]:
   return os.environ | {
       # Nobody's terminal: of pytest's own width otherwise.
       "COLUMNS": "100",
-      "XLA_FLAGS": "",
+      # As conftest.py has it: two processes of a test compute bitwise alike.
+      "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
       "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
   }
 

@@ -12,6 +12,7 @@ import pytest
 import scipy.stats
 
 from rlhf_jax import collectives
+from rlhf_jax.generation import engine
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.losses.language_modeling import token_logprobs
 from rlhf_jax.models.families import huggingface
@@ -460,3 +461,28 @@ def test_bfloat16_rollout_has_float32_logprobs():
 def test_sampling_config_names_the_wrong_field(fields, message):
   with pytest.raises(ValueError, match=message):
     SamplingConfig(**{"max_new_tokens": 4, "eos_id": 1, **fields})
+
+
+@pytest.mark.parametrize("is_unrolled", [True, False])
+def test_more_tokens_than_a_model_has_positions_are_refused(is_unrolled):
+  model, params = small_language_model(max_length=8)
+  generate = make_generate(model, is_unrolled=is_unrolled)
+  cfg = SamplingConfig(max_new_tokens=9, eos_id=-1)
+  args = (params, random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0))
+  with pytest.raises(ValueError, match="length 13 .*max_length=8"):
+    jax.eval_shape(generate, *args, cfg)
+
+
+@pytest.mark.parametrize("num_slots", [None, 4])
+def test_another_number_of_row_numbers_is_refused(num_slots):
+  model, params = small_language_model()
+  twice = dict(num_completions=2)
+  generate = (
+      make_generate(model, **twice)
+      if num_slots is None
+      else engine.make_generate_many(model, num_slots, **twice)
+  )
+  cfg = SamplingConfig(max_new_tokens=C, eos_id=-1)
+  args = (params, random_tokens(0, B, P), PROMPT_MASK, jax.random.key(0))
+  with pytest.raises(ValueError, match=f"rows has shape .{B},.*{2 * B} rows"):
+    jax.eval_shape(generate, *args, cfg, jnp.arange(B))

@@ -182,7 +182,9 @@ def test_a_step_copies_no_cache():
       (True, f"4,2,{P + C - 1},6"), (False, f"2,4,2,{P + C - 1},6")
   ):
     many = _many("window", is_unrolled=is_unrolled)
-    text = many.lower(params, *_args()).compile().as_text()
+    # As users compile it, and not as conftest.py has it.
+    options = {"xla_cpu_use_fusion_emitters": True}
+    text = many.lower(params, *_args()).compile(options).as_text()
     loops, main = text.split("\nENTRY ")
     assert re.search(rf"f32\[{shape}\]\S* dynamic-update-slice\(", loops)
     assert not re.search(rf"f32\[{shape}\]\S* copy\(", loops)

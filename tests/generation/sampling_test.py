@@ -68,6 +68,12 @@ def test_a_token_is_drawn_wherever_it_stands_if_it_is_the_only_one():
       assert _counts(logits, 50)[place] == 50
 
 
+def test_logits_that_are_nan_give_a_token_of_the_vocabulary():
+  # Its last block is filled up beyond it.
+  logits = jnp.full((50_257,), jnp.nan)
+  assert 0 <= int(sampling.sample(jax.random.key(0), logits)) < logits.size
+
+
 def test_unlikely_tokens_are_drawn_as_often_as_they_should_be():
   """Of 65,536 equal ones beside one of half the mass: no block is missed."""
   size = 1 << 16

@@ -103,6 +103,46 @@ def test_ratio_is_one_on_the_first_minibatch_in_float32(scored, updated):
   np.testing.assert_allclose(gap, 0.1, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_old_logprobs_may_be_those_of_the_sampler(shared):
+  config = small.CONFIG
+  model = functions.make_policy_value(config, None if shared else config)
+  ref_model = functions.make_language_model(config)
+  score_rollout = jax.jit(ppo.make_score_rollout(model, ref_model))
+  params = _params()
+  if shared:
+    params["value"] = params["value"]["head"]
+  rollout = small.sampled_rollout()
+  args = (params, _ref_params(), rollout, SCORE, KL_COEF)
+  recomputed, all_metrics = score_rollout(*args, CFG)
+  cfg = dataclasses.replace(CFG, old_logprobs="rollout")
+  reused, metrics = score_rollout(*args, cfg)
+  np.testing.assert_array_equal(reused.old_logprobs, rollout.logprobs)
+  assert_trees_close(reused, recomputed, atol=1e-5)
+  of_logits = {
+      "ppo/kl_exact",
+      "ppo/entropy",
+      "ppo/rollout_logprob_gap",
+      "ppo/importance_weight",
+  }
+  assert set(all_metrics) - set(metrics) == of_logits
+  for name, number in metrics_lib.compute(metrics).items():
+    expected = metrics_lib.compute(all_metrics)[name]
+    np.testing.assert_allclose(number, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_samplers_old_logprobs_spare_the_policys_pass():
+  def flops(cfg):
+    lowered = _programs()[0].lower(
+        _params(), _ref_params(), small.sampled_rollout(), SCORE, KL_COEF, cfg
+    )
+    return lowered.compile().cost_analysis()["flops"]
+
+  reused = dataclasses.replace(CFG, old_logprobs="rollout")
+  # Two trunks and a head instead of three and two.
+  assert flops(reused) < 0.75 * flops(CFG)
+
+
 def test_ratio_is_close_to_one_on_the_first_minibatch_in_bfloat16():
   # The two programs may round bfloat16's last bits differently; what
   # they scored and what they differentiate is the same function.

@@ -14,6 +14,8 @@ completions), score (reference log-probs, values, rewards, advantages), update
 """
 
 import dataclasses
+import pathlib
+from typing import Any
 
 from absl import logging
 import jax
@@ -38,7 +40,9 @@ from experiments.harness.ppo_iteration import Batches, Step
 from experiments.harness.reference import Reference
 from rlhf_jax import device_mesh, optim, sharding
 from rlhf_jax.data import encoding, packing, pipeline
-from rlhf_jax.types import LMBatch
+from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.rewards.episodes import RewardFn
+from rlhf_jax.types import LMBatch, PromptBatch
 from rlhf_jax.updates import ppo
 
 
@@ -50,23 +54,10 @@ def run(config: Config, workdir: str) -> None:
     return
   meshes = devices.make_meshes(config.mesh, config.placement)
   mesh = meshes["policy"]
-  on = lambda model: config.sharding.placing(model, meshes[model])
-  policy = models.load_policy(config.init_from, config.compute, on("policy"))
-  ref_policy = (
-      models.load_policy(config.ref_policy, config.compute, on("ref_policy"))
-      if config.ref_policy
-      else models.placed(policy, on("ref_policy"))
+  policy, ref_policy, reward_model, reward_fn = load_models(config, meshes)
+  reference = Reference(
+      ref_policy, meshes, config.sharding.placing("policy", mesh)
   )
-  reward_model = None
-  if config.reward_rule:
-    reward_fn = evaluator.load_reward_rule(config.reward_rule)
-  else:
-    reward_model = models.load_reward_model(
-        config.reward_model, config.compute, on("reward_model")
-    )
-    reward_fn = evaluator.make_reward_fn(reward_model)
-  reference = Reference(ref_policy, meshes, on("policy"))
-  _check_fits(config, policy, ref_policy, reward_model)
   rng_state, rng_value = jax.random.split(jax.random.key(config.seed))
   value_config, params, frozen = value_network.init_params(
       config, policy, reward_model, rng_value
@@ -75,32 +66,12 @@ def run(config: Config, workdir: str) -> None:
   tx = optim.make_optimizer(config.optimizer, config.num_updates)
 
   # ---- data ------------------------------------------------------------------
-  skipped_dir = out.dir / "skipped"
-  reader = sources.Reader(config.seed, skipped_dir, policy.tokenizer)
-  encode = lambda split, source: evaluator.encode_prompts(
-      reader.prompts(source, split),
-      policy.tokenizer,
-      config.samples,
-  )
-  prompts = encode("train", config.prompts)
-  heldout_prompts = encode("heldout", config.heldout_prompts)
-  ptx_rows = make_ptx_rows(config, reader)
-  make_batches = lambda rows, batch_size: iter(
-      pipeline.make_dataset(
-          rows,
-          batch_size=batch_size,
-          seed=config.seed,
-          local_rows=device_mesh.local_rows(mesh, batch_size),
-      )
-  )
-  batches = Batches(
-      make_batches(prompts, config.rollout_batch_size),
-      ptx_rows and make_batches(ptx_rows, config.ptx_batch_size),
-  )
+  data = read_data(config, policy.tokenizer, out.dir / "skipped")
+  batches = make_batches(config, data, mesh)
   sampler = evaluator.Evaluator(
       policy.config,
       policy.tokenizer,
-      heldout_prompts,
+      data.heldout_prompts,
       config.samples,
       reference=reference,
       reward_fn=reward_fn,
@@ -151,12 +122,8 @@ def run(config: Config, workdir: str) -> None:
       skipped_steps=lambda state: state.train.skipped_steps,
       unit="iteration",
       inputs={
-          "prompts": prompts,
-          "held-out prompts": heldout_prompts,
-          "documents": ptx_rows,
-          "reference policy": ref_policy.params,
-          "reward model": reward_model
-          and (reward_model.params, reward_model.normalization),
+          **data.inputs(),
+          **model_inputs(ref_policy, reward_model),
           **adapters.inputs(frozen),
       },
   )
@@ -170,6 +137,93 @@ def run(config: Config, workdir: str) -> None:
       out.dir, dataclasses.replace(policy, params=params)
   )
   out.finish(evaluate(state)[0])
+
+
+# ---- its parts, which experiments.population has of many at once -------------
+
+
+def load_models(
+    config: Config, meshes: dict[str, jax.sharding.Mesh]
+) -> tuple[models.Policy, models.Policy, models.RewardModel | None, RewardFn]:
+  """Policy, reference policy, reward model and what scores; they fit."""
+  on = lambda model: config.sharding.placing(model, meshes[model])
+  policy = models.load_policy(config.init_from, config.compute, on("policy"))
+  ref_policy = (
+      models.load_policy(config.ref_policy, config.compute, on("ref_policy"))
+      if config.ref_policy
+      else models.placed(policy, on("ref_policy"))
+  )
+  reward_model = None
+  if config.reward_rule:
+    reward_fn = evaluator.load_reward_rule(config.reward_rule)
+  else:
+    reward_model = models.load_reward_model(
+        config.reward_model, config.compute, on("reward_model")
+    )
+    reward_fn = evaluator.make_reward_fn(reward_model)
+  _check_fits(config, policy, ref_policy, reward_model)
+  return policy, ref_policy, reward_model, reward_fn
+
+
+def model_inputs(
+    ref_policy: models.Policy, reward_model: models.RewardModel | None
+) -> dict[str, Any]:
+  """Those of `loop.Task.inputs` that are models."""
+  return {
+      "reference policy": ref_policy.params,
+      "reward model": reward_model
+      and (reward_model.params, reward_model.normalization),
+  }
+
+
+@dataclasses.dataclass(frozen=True)
+class Data:
+  """What a run reads, encoded; documents are packed, None without PTX."""
+
+  prompts: PromptBatch
+  heldout_prompts: PromptBatch
+  documents: LMBatch | None
+
+  def inputs(self) -> dict[str, Any]:
+    """Those of `loop.Task.inputs` that are data."""
+    return {
+        "prompts": self.prompts,
+        "held-out prompts": self.heldout_prompts,
+        "documents": self.documents,
+    }
+
+
+def read_data(
+    config: Config, tokenizer: Tokenizer, skipped_dir: pathlib.Path
+) -> Data:
+  """All of a run's data, which its seed has a part in."""
+  reader = sources.Reader(config.seed, skipped_dir, tokenizer)
+  encode = lambda split, source: evaluator.encode_prompts(
+      reader.prompts(source, split), tokenizer, config.samples
+  )
+  return Data(
+      prompts=encode("train", config.prompts),
+      heldout_prompts=encode("heldout", config.heldout_prompts),
+      documents=make_ptx_rows(config, reader),
+  )
+
+
+def make_batches(
+    config: Config, data: Data, mesh: jax.sharding.Mesh
+) -> Batches:
+  """What the iterations of a run train on, in the order of its seed."""
+  make = lambda rows, batch_size: iter(
+      pipeline.make_dataset(
+          rows,
+          batch_size=batch_size,
+          seed=config.seed,
+          local_rows=device_mesh.local_rows(mesh, batch_size),
+      )
+  )
+  return Batches(
+      make(data.prompts, config.rollout_batch_size),
+      data.documents and make(data.documents, config.ptx_batch_size),
+  )
 
 
 def make_ptx_rows(config: Config, reader: sources.Reader) -> LMBatch | None:

@@ -8,13 +8,19 @@ are written once.
 
 Rows are in the order of the devices: device d holds the rows d * b ... (d + 1)
 * b - 1 of a batch of n * b.
+
+`MEMBERS` is another axis, of `jax.vmap`: runs side by side, each whole. What
+they share is nothing but how long a loop goes on, see `any_member`.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool
 
 AXIS = "devices"
+MEMBERS = "members"
 
 
 def num_devices() -> int:
@@ -58,3 +64,16 @@ def own_rows(tree: Any) -> Any:
     return x.reshape(n, -1, *x.shape[1:])[jax.lax.axis_index(AXIS)]
 
   return jax.tree.map(own, tree)
+
+
+def any_member(flag: Bool[Array, ""]) -> Bool[Array, ""]:
+  """Whether it is so of any of the runs side by side; `flag` of a lone one.
+
+  For the condition of a loop whose body leaves alone whoever is done. With a
+  condition of each its own, vmap would compare and copy all that the loop
+  carries, in every step: of decoding that is the cache.
+  """
+  try:
+    return jax.lax.psum(flag.astype(jnp.int32), MEMBERS) > 0
+  except NameError:  # the axis is not there: no vmap over it
+    return flag

@@ -34,6 +34,16 @@ def test_without_pmap_nothing_is_computed():
     np.testing.assert_array_equal(jax.jit(fn)(x), x)
 
 
+def test_any_member_is_of_all_runs_side_by_side_and_of_a_lone_one_its_own():
+  flags = jnp.asarray([False, True, False])
+  of = functools.partial(jax.vmap, axis_name=collectives.MEMBERS)
+  np.testing.assert_array_equal(of(collectives.any_member)(flags), [True] * 3)
+  assert not of(collectives.any_member)(jnp.zeros(3, bool)).any()
+  for flag in flags:
+    assert collectives.any_member(flag) == flag
+  np.testing.assert_array_equal(jax.vmap(collectives.any_member)(flags), flags)
+
+
 def test_every_device_has_the_sum():
   tree = {"a": jnp.arange(8.0), "b": (jnp.ones((8, 2)),)}
   total = pmap(collectives.sum_over_devices)(tree)

@@ -19,7 +19,7 @@ from rlhf_jax import device_mesh
 REPO = pathlib.Path(__file__).resolve().parents[1]
 STAGES = (
     "train_tokenizer", "pretrain", "sft", "preferences", "reward", "ppo",
-    "evaluate", "rlhf",
+    "evaluate", "rlhf", "population",
 )
 ARGS = {
     "train_tokenizer": ("full", "smoke", "chat"),
@@ -33,6 +33,7 @@ ARGS = {
     ),
     "evaluate": ("full", "smoke"),
     "rlhf": ("full", "smoke", "hacking", "lora", "stories"),
+    "population": ("full", "smoke"),
 }
 # Which binary reads a config file that is not named after it.
 BINARY = {

@@ -200,12 +200,16 @@ def test_binaries_import_stages_only_to_run_or_show_them(path):
   } & binaries
   if path.stem == "rlhf":
     # A tokenizer that is trained by itself serves many runs.
-    assert imported == stages - {"rlhf", "train_tokenizer"}
+    # A population is one of its stages, many times.
+    assert imported == stages - {"rlhf", "train_tokenizer", "population"}
   elif path.stem == "inspect":
     # Shows the rows that these make.
     assert imported == {"pretrain", "sft", "reward", "ppo"}
   elif path.stem == "plan":
     # Says what its programs take.
+    assert imported == {"ppo"}
+  elif path.stem == "population":
+    # Runs its parts for many at once.
     assert imported == {"ppo"}
   else:
     assert not imported

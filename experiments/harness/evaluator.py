@@ -335,7 +335,12 @@ class Evaluator:
 
   def rows(self, params: Any) -> list[dict[str, Any]]:
     """One row a prompt: texts, lengths, and what each judge said."""
-    whole = self._sample(params, self._prompts, self._rng)
+    return self.measured(
+        params, self._sample(params, self._prompts, self._rng)
+    )
+
+  def measured(self, params: Any, whole: Rollout) -> list[dict[str, Any]]:
+    """`rows` of completions that these params sampled, in numpy."""
     rows = []
     for start in range(0, whole.ended.shape[0], self._batch_size):
       part = jax.tree.map(

@@ -105,6 +105,9 @@ class Task:
   inputs: what the stage read from other places, a pytree of arrays under each
     name: data, and models that train others. Places stay what they are when
     their contents change, so a resumed run compares these.
+  make_writer: of what takes the lines, as `MetricWriter` does.
+  named: what the metrics of a step are called, once they are on the host; of
+    several runs in one state, each metric under '<run>/<its name>'.
   """
 
   name: str
@@ -115,6 +118,8 @@ class Task:
   skipped_steps: Callable[[Any], Any]
   unit: Literal["step", "iteration"] = "step"
   inputs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  make_writer: Callable[..., Any] = MetricWriter
+  named: Callable[[Any], metrics_lib.Metrics] = lambda metrics: metrics
 
 
 def run_loop(
@@ -131,7 +136,7 @@ def run_loop(
     NonFiniteError: after too many steps in a row that were not finite.
     stopping.Stopped: it was told to stop, and has saved.
   """
-  writer = MetricWriter(
+  writer = task.make_writer(
       workdir, tensorboard=cfg.tensorboard, wandb=cfg.wandb
   )
   checkpointer = checkpoint.Checkpointer(
@@ -261,26 +266,31 @@ class _Loop:
     step, metrics, skipped, evidence = self.pending
     self.pending = None
     metrics, skipped = jax.device_get((metrics, skipped))
+    metrics = self.task.named(metrics)
+    # Of several runs these stand behind the run's name.
     culprits = [
-        name.removeprefix(NONFINITE)
+        name.replace(NONFINITE, "")
         for name, metric in metrics.items()
-        if name.startswith(NONFINITE)
-        and name != NONFINITE_STEPS
+        if NONFINITE in name
+        and not name.endswith(NONFINITE_STEPS)
         and metric.total > 0
     ]
     kept = {
         name: metric
         for name, metric in metrics.items()
-        if (name == NONFINITE_STEPS or not name.startswith(NONFINITE))
+        if (name.endswith(NONFINITE_STEPS) or NONFINITE not in name)
         # What was computed from NaN would hide the mean of what was not.
         and np.isfinite(metric.total)
     }
     self.totals = metrics_lib.add(self.totals, kept)
     if culprits:
-      bad_steps = metrics[NONFINITE_STEPS]
-      what = self._not_applied(step, int(bad_steps.total), int(bad_steps.count))
+      steps = [x for n, x in metrics.items() if n.endswith(NONFINITE_STEPS)]
+      num_bad, num_steps = (
+          int(sum(x)) for x in zip(*((x.total, x.count) for x in steps))
+      )
+      what = self._not_applied(step, num_bad, num_steps)
       message = f"{what}: NaN or Inf in {', '.join(culprits)}."
-      self._report_nonfinite(step, message, int(skipped), evidence)
+      self._report_nonfinite(step, message, int(np.max(skipped)), evidence)
 
   def _not_applied(self, step: int, num_bad: int, num_steps: int) -> str:
     name = f"{self.task.unit} {step}"
@@ -316,12 +326,13 @@ class _Loop:
     numbers = metrics_lib.compute(self.totals)
     self.totals = {}
     self.writer.write(step, numbers)
-    shown = ("loss", "score", "kl", "accuracy")
-    return {
-        name.split("/")[-1]: f"{value:z.3f}"
-        for name, value in numbers.items()
-        if name.split("/")[-1] in shown
-    }
+    shown: dict[str, list[float]] = {}
+    for name, value in numbers.items():
+      last = name.split("/")[-1]
+      if last in ("loss", "score", "kl", "accuracy"):
+        shown.setdefault(last, []).append(value)
+    # Of several runs the mean.
+    return {name: f"{np.mean(each):z.3f}" for name, each in shown.items()}
 
   def _evaluate(self, step: int) -> None:
     numbers, samples = self.task.evaluate(self.task.state)

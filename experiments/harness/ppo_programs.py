@@ -63,16 +63,10 @@ def make_programs(
   """
   model = functions.make_policy_value(policy_config, value_config)
   ref_model = functions.make_language_model(ref_config)
-
-  def rollout(state, batch, sampling, frozen, ahead=0):
-    rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)
-    params = frozen | state.train.params["policy"]
-    return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
-
   rows = device_mesh.rows(mesh)
   places = sharding.shardings_of(state, state_rules(rules), mesh)
   return Programs(
-      rollout=jax.jit(rollout, out_shardings=rows),
+      rollout=jax.jit(make_rollout(generate), out_shardings=rows),
       score=compile_step(
           ppo.make_score_rollout(model, ref_model),
           parallelism,
@@ -95,3 +89,14 @@ def make_programs(
           ),
       ),
   )
+
+
+def make_rollout(generate: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns the rollout of `Programs`, before it is compiled."""
+
+  def rollout(state, batch, sampling, frozen, ahead=0):
+    rng = jax.random.fold_in(ppo.iteration_rng(state, ahead), 0)
+    params = frozen | state.train.params["policy"]
+    return generate(params, batch.prompts, batch.prompt_mask, rng, sampling)
+
+  return rollout

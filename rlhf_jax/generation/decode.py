@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Key, UInt32
 
+from rlhf_jax import collectives
 from rlhf_jax.generation import bound_model, sampling
 from rlhf_jax.losses import language_modeling
 from rlhf_jax.models.heads import LanguageModel
@@ -152,7 +153,8 @@ def make_generate(
     state = _record(_empty(b, cache, cfg), logits[:, 0], row_rngs, cfg)
 
     def unfinished(end: int, state: _State):
-      return (state.step < end) & ~jnp.all(state.done)
+      is_any_left = collectives.any_member(~jnp.all(state.done))
+      return (state.step < end) & is_any_left
 
     def advance(state: _State) -> _State:
       real = (~state.done).astype(jnp.int32)[:, None]

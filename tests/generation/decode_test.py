@@ -1,5 +1,6 @@
 import dataclasses
 import functools
+import re
 
 import hypothesis
 import hypothesis.strategies as st
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.stats
 
+from rlhf_jax import collectives
 from rlhf_jax.generation import engine
 from rlhf_jax.generation.decode import SamplingConfig, make_generate
 from rlhf_jax.losses.language_modeling import token_logprobs
@@ -373,6 +375,39 @@ def test_loop_ends_when_every_row_has_ended():
   rollout, calls = _play(script)
   assert sorted(calls) == [0, P, P + 1]
   np.testing.assert_array_equal(np.sum(rollout.completion_mask, axis=1), [2, 3])
+
+
+def test_runs_side_by_side_are_their_lone_runs_and_select_no_cache():
+  """Also when one has long ended: a loop's condition is that of all."""
+  model, params, _ = _model()
+  both = jax.tree.map(lambda x: jnp.stack([x, 0.3 * x]), params)
+  rngs = jax.random.split(jax.random.key(3), 2)
+  prompts = jnp.stack([random_tokens(seed, B, P) for seed in (0, 1)])
+  cfg = SamplingConfig(
+      max_new_tokens=C, eos_id=3, stop_ids=tuple(range(0, 19, 2))
+  )
+
+  def one(params, prompts, rng):
+    return make_generate(model)(params, prompts, PROMPT_MASK, rng, cfg)
+
+  every = jax.jit(jax.vmap(one, axis_name=collectives.MEMBERS))
+  found, lengths = every(both, prompts, rngs), []
+  for i in range(2):
+    own = jax.tree.map(lambda x: x[i], (both, prompts, rngs))
+    wanted = jax.jit(one)(*own)
+    lengths.append(int(wanted.completion_mask.sum(axis=1).max()))
+    for name in ("completions", "completion_mask", "ended"):
+      np.testing.assert_array_equal(
+          getattr(found, name)[i], getattr(wanted, name)
+      )
+    np.testing.assert_allclose(found.logprobs[i], wanted.logprobs, atol=1e-5)
+  assert lengths[0] != lengths[1]
+  cache = rf"f32\[2,{B},\d+,{P + C - 1},\d+\]\S* "
+  loops, _ = every.lower(both, prompts, rngs).compile().as_text().split(
+      "\nENTRY "
+  )
+  assert re.search(cache + r"dynamic-update-slice\(", loops)
+  assert not re.search(cache + r"(select|copy)\(", loops)
 
 
 def test_last_token_is_not_fed_back():

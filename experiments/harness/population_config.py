@@ -170,6 +170,11 @@ def _check_together(cfg: ppo_config.Config) -> None:
           "ppo.placement: all models are on the policy's devices; set 0",
       ),
       (
+          cfg.samples.rollout_weights != "compute",
+          f"ppo.samples.rollout_weights={cfg.samples.rollout_weights!r}: "
+          "members are evaluated by what rolls out; set 'compute'",
+      ),
+      (
           slots,
           f"ppo.samples.num_slots={slots}: slots of several members would wait "
           "for one another; set 0",

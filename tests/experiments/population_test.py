@@ -396,6 +396,13 @@ REFUSED = [
     ),
     (dict(ppo__fuse_iteration=True), "ppo.fuse_iteration=True: members'"),
     (dict(ppo__placement__ref_policy__devices=1), "ppo.placement: all models"),
+    (
+        dict(
+            ppo__samples__rollout_weights="int8",
+            ppo__ppo__importance_correction=True,
+        ),
+        "ppo.samples.rollout_weights='int8': members are evaluated",
+    ),
     (dict(ppo__samples__num_slots=4), "ppo.samples.num_slots=4: slots of"),
     (dict(ppo__loop__best_metric="eval/score"), "best_metric='eval/score': a"),
 ]

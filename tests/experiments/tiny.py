@@ -141,7 +141,7 @@ def environment() -> dict[str, str]:
       "COLUMNS": "100",
       # As conftest.py has it: two processes of a test compute bitwise alike.
       "XLA_FLAGS": "--xla_cpu_use_fusion_emitters=false",
-      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.1",
+      "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
 
 

@@ -22,7 +22,7 @@ import zlib
 
 import jax
 
-from rlhf_jax.data import chat, prepared, records
+from rlhf_jax.data import chat, records
 from rlhf_jax.data.records import Record, RecordError
 
 TFDS_PREFIX = "tfds:"
@@ -131,6 +131,7 @@ def read_texts(source: str) -> list[str]:
 def field_names(source: str, data_dir: str | None = None) -> set[str]:
   """The fields of the source's first record; of one that is no object, none."""
   if source.startswith(TFDS_PREFIX):
+    prepared = _prepared()
     name, colon, split = source.removeprefix(TFDS_PREFIX).rpartition(":")
     try:
       return prepared.column_names(name if colon else split, data_dir)
@@ -294,10 +295,18 @@ def _report_skipped(
 # --- TFDS ---------------------------------------------------------------------
 
 
+def _prepared():
+  """The module, which takes half a second to import and few sources need."""
+  from rlhf_jax.data import prepared  # pylint: disable=g-import-not-at-top
+
+  return prepared
+
+
 def _read_tfds(
     source: str, kind: str, split: str | None,
     data_dir: str | os.PathLike | None,
 ) -> list[Record]:
+  prepared = _prepared()
   name, colon, given = source.removeprefix(TFDS_PREFIX).rpartition(":")
   if not colon:
     name, given = given, None

@@ -339,7 +339,9 @@ LARGE = small_config(
 
 def _largest(lowered) -> int:
   """Elements of the largest array that a device ever has in a program."""
-  text = lowered.compile().as_text()
+  # As users compile it, and not as conftest.py has it.
+  options = {"xla_cpu_use_fusion_emitters": True}
+  text = lowered.compile(options).as_text()
   shapes = re.findall(r"\b(?:bf|[fsu])\d+\[([\d,]+)\]", text)
   return max(math.prod(map(int, x.split(","))) for x in shapes)
 

@@ -55,6 +55,7 @@ from experiments.harness.benchmark_config import MEASURES, Config
 from experiments.harness.benchmark_limits import Limits
 from experiments.harness.benchmark_peers import PeerError, Worker
 from experiments.harness.benchmark_report import Line
+from experiments.harness.benchmark_start import StartError
 from experiments.harness.benchmark_timing import (
     Compilations,
     Measure,
@@ -121,7 +122,7 @@ def launch() -> None:
       built = config_lib.from_config(Config, config.value)
       try:
         is_slower = benchmark(built, options)
-      except (benchmark_report.CompareError, PeerError) as error:
+      except (benchmark_report.CompareError, PeerError, StartError) as error:
         raise cli.UserError(str(error)) from error
     sys.exit(1 if is_slower else 0)
 
@@ -129,7 +130,11 @@ def launch() -> None:
 
 
 def benchmark(config: Config, options: Options) -> bool:
-  """Measures all, writes and prints; whether something became slower."""
+  """Measures all, writes and prints; whether something became slower.
+
+  Raises:
+    StartError: a measure of ours failed; the others are written and printed.
+  """
   # Before anything is measured: what is wrong must not cost the run.
   context = machine()
   old = []
@@ -157,7 +162,7 @@ def benchmark(config: Config, options: Options) -> bool:
       found = measure(
           name, config, limits, compilations, pythons, options.only_peers
       )
-    except benchmark_start.StartError as error:
+    except StartError as error:
       # What the others have measured is not lost.
       found = [benchmark_report.unmeasured(config.size, name, str(error))]
     lines += found
@@ -168,6 +173,10 @@ def benchmark(config: Config, options: Options) -> bool:
     gc.collect()
   print(_title(config, context))
   print(benchmark_report.table(lines))
+  ours = [x for x in lines if x.by == benchmark_report.OURS]
+  failed = [x.name for x in ours if x.skipped]
+  if failed:
+    raise StartError(f"not measured: {', '.join(failed)}; see the table")
   if not options.compare:
     return False
   new = [dataclasses.asdict(x) | context for x in lines]

@@ -339,7 +339,9 @@ def test_a_start_up_that_fails_costs_no_other_measure(monkeypatch, tmp_path):
   options = binary.Options(
       peer=False, peer_python=(), only_peers=(), compare="", out=str(out)
   )
-  assert not binary.benchmark(micro(measures=("startup",)), options)
+  # It is told at the end, and by the exit code: a gate must not pass by it.
+  with pytest.raises(benchmark_start.StartError, match="measured: startup"):
+    binary.benchmark(micro(measures=("startup",)), options)
   (line,) = benchmark_report.read_lines(str(out))
   assert line["skipped"] == "killed" and line["value"] is None
 

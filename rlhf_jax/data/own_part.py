@@ -122,10 +122,12 @@ def _checksum(items: Sequence[str | Sequence[str]]) -> int:
   """Of all texts and how they are divided; 31 bits."""
   found = 0
   for item in items:
-    for text in (item,) if isinstance(item, str) else (*item, ""):
+    texts = (item,) if isinstance(item, str) else item
+    found = zlib.crc32(len(texts).to_bytes(8, "little"), found)
+    for text in texts:
       # What cannot be encoded is an error of whoever encodes it.
-      raw = text.encode("utf-8", "surrogatepass") + b"\0"
-      found = zlib.crc32(raw, found)
+      raw = text.encode("utf-8", "surrogatepass")
+      found = zlib.crc32(len(raw).to_bytes(8, "little") + raw, found)
   return found & 0x7FFFFFFF
 
 

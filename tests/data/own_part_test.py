@@ -37,7 +37,8 @@ def test_alone_nobody_and_no_device_is_asked(monkeypatch):
 def test_texts_of_another_number_order_or_division_have_another_checksum():
   texts = (
       ["ab", "c"], ["a", "bc"], ["c", "ab"], ["", "ab", "c"], ["abc"],
-      [["ab", "c"]], [["ab"], ["c"]], [["ab"], [], ["c"]], [], ["\ud800"],
+      [["a", "", "b"], ["c"]], [["a"], ["b", "", "c"]],
+      [["ab", "c"]], [["ab"], [], ["c"]], [], ["\ud800"],
   )
   assert len({own_part._checksum(x) for x in texts}) == len(texts)
   assert own_part._checksum(texts[0]) == own_part._checksum(tuple(texts[0]))

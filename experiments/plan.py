@@ -109,6 +109,12 @@ def write_plan(raw_config, name: str, options: Options) -> bool:
           "refilled depends on when completions end, so there is no plan of "
           "it; set it to 0"
       )
+    if config.fuse_iteration or config.samples.rollout_weights != "compute":
+      raise config_lib.ConfigError(
+          f"fuse_iteration={config.fuse_iteration}, samples.rollout_weights="
+          f"{config.samples.rollout_weights!r}: a plan is of programs apart "
+          "and of weights as they are; set False and 'compute'"
+      )
     if config.samples.num_cache_buckets > 1:
       raise config_lib.ConfigError(
           f"samples.num_cache_buckets={config.samples.num_cache_buckets}: a "

@@ -142,15 +142,26 @@ def test_what_the_compiler_refuses_is_told_with_its_numbers(
 
 
 @pytest.mark.parametrize(
-    "samples, message",
+    "changes, message",
     [
-        ({"num_slots": 8}, "num_slots=8: .* set it to 0"),
-        ({"num_cache_buckets": 2}, "num_cache_buckets=2: .* set it to 1"),
+        ({"samples": {"num_slots": 8}}, "num_slots=8: .* set it to 0"),
+        (
+            {"samples": {"num_cache_buckets": 2}},
+            "num_cache_buckets=2: .* set it to 1",
+        ),
+        ({"fuse_iteration": True}, "fuse_iteration=True"),
+        (
+            {
+                "samples": {"rollout_weights": "int8"},
+                "ppo": {"importance_correction": True},
+            },
+            "rollout_weights='int8'",
+        ),
     ],
 )
-def test_slots_and_cache_buckets_have_no_plan(tmp_path, samples, message):
+def test_what_has_no_plan_is_refused(tmp_path, changes, message):
   config = small(write_shape(tmp_path / "model"))
-  config.samples.update(samples)
+  config.update(changes)
   options = binary.Options(
       topology="",
       num_episodes=0,

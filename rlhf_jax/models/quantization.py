@@ -5,9 +5,10 @@ A kernel W of a projection becomes integers, one scale an output channel:
     s = max |W| / 127,  Q = round(W / s)       over what a channel sums
 
 and the projection computes (x Q) s. Integers up to 127 are exact in every dtype
-of a matmul, so the only error is that of Q: at most s / 2 a weight. A kernel of
-floats is never made of them: a matmul reads a layer's integers, and its outputs
-are multiplied by the scales in float32.
+of a matmul, so the only error is that of Q: at most s / 2 a weight. A layer's
+integers become floats where a matmul reads them, and its outputs are multiplied
+by the scales in float32. Whether those floats are ever in memory is the
+compiler's matter; on CPU they are.
 
 Embeddings, heads, norms, biases, routers and adapters stay as they are.
 

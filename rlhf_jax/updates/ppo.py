@@ -17,16 +17,17 @@ microbatches and devices change nothing (N+ averages each device's mean).
    2. old_logprobs are recomputed by the forward pass that is differentiated, so
       the first ratio is 1. What the sampler said is compared: metric
       'ppo/rollout_logprob_gap'. With old_logprobs='rollout' they are the
-      sampler's own, which saves the policy's pass over the rollout; then
-      'ppo/first_ratio_gap' is how far the two differ, and nothing that needs
-      the policy's logits is reported. Dropout does not exist here.
+      sampler's own, which saves a separate policy's pass over the rollout, and
+      the head of a shared one; then 'ppo/first_ratio_gap' is how far the two
+      differ, and nothing that needs the policy's logits is reported.
+      Dropout does not exist here.
    3. A completion that never ended gets `missing_eos_score` instead of its
       score (N+, "EOS trick"; 1909.08593 for its truncation at a stop token,
       which here is `SamplingConfig.stop_ids` and `stop_after`).
    4. rewards = -kl_coef * kl at every token, + score at the last real token,
       found by index (1909.08593, equation 2). `kl_estimator`: k1, k2, k3
       (Schulman, "Approximating KL divergence", 2020) or exact over the
-      vocabulary. All are reported, whichever is used.
+      vocabulary. All are reported, whichever is used (exact: see 2).
    5. kl_coef is fixed, or adapts so that the KL of a completion, in nats, meets
       `kl_target` (1909.08593, section 2.2); it is part of the state.
    6. Rewards may be whitened keeping their mean; advantages are whitened; both
@@ -103,8 +104,8 @@ class PPOConfig:
   missing_eos_score: what a completion that never ended scores, if
     replace_missing_eos.
   max_update_kl: nats a token (k3, new policy from old), infinite is off.
-  importance_correction: for rollouts of an older policy, see 14 above;
-    importance_cap: the largest weight of a token.
+  importance_correction: for rollouts of an older policy, see 14 above, or of
+    weights rounded to int8; importance_cap: the largest weight of a token.
   num_microbatches: memory only, in scoring and in each minibatch.
   """
 
